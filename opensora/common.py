@@ -1,0 +1,55 @@
+"""Small leaves that every layer may use: dtypes, rank facts, logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "half": torch.float16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def to_torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype='{name}' is unknown: one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def rank() -> int:
+    """The global rank that the launcher gave this process (0 without a launcher)."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes that the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def get_logger() -> logging.Logger:
+    """The project's logger; silent below warnings on ranks other than 0."""
+    logger = logging.getLogger("opensora")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    return logger
+
+
+def log_to_file(path: str | Path) -> None:
+    """Append the logger's lines to a file too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
+    get_logger().addHandler(handler)
