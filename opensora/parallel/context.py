@@ -1,0 +1,115 @@
+"""Processes, devices and groups: what a rank needs to know of the job it is part of."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opensora.common import rank, world_size
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One rank's place in the job.
+
+    Attributes:
+        rank, world_size: of all processes.
+        device: what this rank computes on.
+        host_group: a gloo group of all ranks for objects and checkpoints; apart from the default group, so that
+            its collectives can run beside training's.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+
+    @classmethod
+    def create(cls, timeout_s: float = 1800.0) -> ParallelContext:
+        """Join the job that torchrun or `colossalai run` started; without a launcher, a job of one process.
+
+        Raises:
+            ValueError: more processes were started on this node than it has GPUs.
+        """
+        die_with_launcher()
+        device = _local_device()
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend, options = "cpu:gloo,cuda:nccl", {"device_id": device}
+        else:
+            backend, options = "gloo", {}
+        if "RANK" not in os.environ:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timeout, **options)
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(dist.get_rank(), dist.get_world_size(), device, host_group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum of a tensor on `device` over the data-parallel ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"--nproc_per_node is over {local_rank}, but this node has {torch.cuda.device_count()} visible GPUs: "
+            "start one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def die_with_launcher() -> None:
+    """Ask Linux to end this process when its parent ends: no rank outlives a launcher that was killed."""
+    if sys.platform != "linux" or world_size() == 1:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the job, also before a ParallelContext exists."""
+    return rank() == 0
