@@ -56,6 +56,15 @@ def _rectangles(shape, start, stop, prefix, position) -> Iterator[Rectangle]:
 
 
 @dataclass(frozen=True)
+class LogicalTensor:
+    """The boxes of a tensor of `shape` that this rank holds; the views share memory with what they were made of."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    boxes: list[tuple[Rectangle, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class ParameterShard:
     """The elements [start, stop) of the flattened parameter `name`, held by this rank.
 
@@ -68,10 +77,10 @@ class ParameterShard:
     stop: int
     master: torch.Tensor
 
-    def pieces(self, flat: torch.Tensor) -> list[tuple[Rectangle, torch.Tensor]]:
-        """Views of `flat`, a tensor laid out as `master`, one for each rectangle of the parameter."""
-        found = []
+    def as_logical(self, flat: torch.Tensor) -> LogicalTensor:
+        """`flat`, a tensor laid out as `master` (a moment, an average), as boxes of the parameter's full shape."""
+        boxes = []
         for box in rectangles(tuple(self.shape), self.start, self.stop):
             count = math.prod(box.sizes)
-            found.append((box, flat.view(-1)[box.position : box.position + count].view(box.sizes)))
-        return found
+            boxes.append((box, flat.view(-1)[box.position : box.position + count].view(box.sizes)))
+        return LogicalTensor(self.shape, flat.dtype, boxes)
