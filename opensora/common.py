@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,3 +57,25 @@ def log_to_file(path: str | Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
     get_logger().addHandler(handler)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report a user's mistake as one line on stderr and end with exit code 1.
+
+    A mistake is a ValueError or OSError that this project raised itself; anything else keeps its traceback. Rank 0
+    speaks at once. The other ranks wait: a launcher ends the job when its first process ends, and what they have to
+    say is mostly the same.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(Path(__file__).parent):
+            raise
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+            print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

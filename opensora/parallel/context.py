@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,19 @@ class ParallelContext:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 and give every rank its result; what it raises of a user's mistake, all ranks raise."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError) as raised:
+                error = raised
+        result, error = self.broadcast_object((result, error))
+        if error is not None:
+            raise error
+        return result
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum of a tensor on `device` over the data-parallel ranks, in place."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opensora.parallel.context import ParallelContext
-from opensora.parallel.host import register_host_accelerator
+from opensora.parallel.host import import_colossalai, register_host_accelerator
 from opensora.parallel.shards import ParameterShard
 from opensora.registry import nearest
 
@@ -21,6 +21,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 def zero_plugin_settings() -> set[str]:
     """The keys of `plugin_config` that a ZeRO plugin takes; what the trainer sets itself is left out."""
+    import_colossalai()
     from colossalai.booster.plugin import LowLevelZeroPlugin
 
     ours = {"self", "stage", "precision", "max_norm", "norm_type", "cast_inputs", "master_weights"}
@@ -50,6 +51,7 @@ class Engine:
         dtype: torch.dtype,
         grad_clip: float,
     ):
+        import_colossalai()
         register_host_accelerator()
         from colossalai.booster import Booster
 

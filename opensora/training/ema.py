@@ -19,6 +19,11 @@ class ExponentialMovingAverage:
         self._averages = [shard.master.detach().clone() for shard in shards]
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Start the average anew from the masters as they are."""
+        torch._foreach_copy_(self._averages, [shard.master for shard in self._shards])
+
+    @torch.no_grad()
     def update(self) -> None:
         torch._foreach_lerp_(self._averages, [shard.master for shard in self._shards], 1.0 - self.decay)
 

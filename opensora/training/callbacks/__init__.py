@@ -1,0 +1,15 @@
+from opensora.training.callbacks.base import Callback
+from opensora.training.callbacks.housekeeping import Checkpoints, GarbageCollection
+from opensora.training.callbacks.metrics import MetricsFile, RejectedSamples, TensorBoard, WeightsAndBiases
+from opensora.training.callbacks.progress import Progress
+
+__all__ = [
+    "Callback",
+    "Checkpoints",
+    "GarbageCollection",
+    "MetricsFile",
+    "Progress",
+    "RejectedSamples",
+    "TensorBoard",
+    "WeightsAndBiases",
+]

@@ -1,0 +1,75 @@
+"""From a resolved config to the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.common import to_torch_dtype
+from opensora.data.loader import build_loader
+from opensora.data.sampler import BucketSampler
+from opensora.models.activation import checkpoint_blocks
+from opensora.models.weights import build_model
+from opensora.parallel.context import ParallelContext
+from opensora.parallel.engine import Engine
+from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS
+from opensora.training.optim import build_optimizer
+from opensora.training.step import FlowMatchingStep
+
+
+def build_data(cfg, context: ParallelContext):
+    """The table's sampler for this rank, and what makes the loader once the sampler's start is known."""
+    dataset = DATASETS.build(cfg.dataset, where="dataset")
+    sampler = BucketSampler(
+        dataset.table,
+        cfg.bucket_config,
+        fps_max=dataset.fps_max,
+        seed=cfg.seed,
+        epochs=cfg.epochs,
+        data_parallel_rank=context.data_parallel_rank,
+        data_parallel_size=context.data_parallel_size,
+        accumulation_steps=cfg.accumulation_steps,
+        spatial_multiple=cfg.ae_spatial_compression,
+    )
+    loader = build_loader(
+        dataset, sampler, cfg.num_workers, cfg.prefetch_factor, pin_memory=context.device.type != "cpu"
+    )
+    return sampler, loader
+
+
+def build_frozen(registry, settings: Mapping[str, Any], where: str, device: torch.device, dtype: torch.dtype):
+    """An encoder that is only ever used, never trained."""
+    return registry.build(settings, where=where).to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def build_step(cfg, device: torch.device) -> FlowMatchingStep:
+    dtype = to_torch_dtype(cfg.dtype)
+    return FlowMatchingStep(
+        build_frozen(AUTOENCODERS, cfg.ae, "ae", device, dtype),
+        build_frozen(TEXT_ENCODERS, cfg.t5, "t5", device, dtype),
+        build_frozen(TEXT_ENCODERS, cfg.clip, "clip", device, dtype),
+        device=device,
+        dtype=dtype,
+        patch_size=cfg.model.get("patch_size", 2),
+        text_dropout=cfg.dropout_ratio,
+        condition_config=cfg.condition_config,
+        guidance_embed=cfg.model.guidance_embed,
+    )
+
+
+def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engine:
+    """The trained model, from `checkpoint`, `model.from_pretrained` or from scratch, under its optimizer and plugin."""
+    dtype = to_torch_dtype(cfg.dtype)
+    settings = dict(cfg.model)
+    if checkpoint is not None:
+        settings["from_pretrained"] = str(checkpoint)
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    model: nn.Module = build_model(settings, dtype, context.device)
+    if cfg.grad_checkpoint:
+        checkpoint_blocks(model, settings.get("grad_ckpt_settings"))
+    optimizer = build_optimizer(model.parameters(), cfg.optim)
+    return Engine(context, model.train(), optimizer, cfg.plugin, cfg.plugin_config, dtype, cfg.grad_clip)

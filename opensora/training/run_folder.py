@@ -1,0 +1,80 @@
+"""The folder of a run: its name, its lock, the resolved config, the metrics up to where it starts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from datetime import datetime
+from pathlib import Path
+
+from opensora.checkpoint_folder import list_checkpoints
+
+METRICS_FILE = "metrics.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def default_experiment_name(config_file: str, now: datetime) -> str:
+    """`configs/diffusion/train/stage1.py` -> `261122_160300-diffusion_train_stage1`."""
+    parts = Path(config_file).with_suffix("").parts
+    if "configs" in parts:
+        parts = parts[parts.index("configs") + 1 :]
+    return f"{now:%y%m%d_%H%M%S}-{'_'.join(part for part in parts if part not in ('/', '..', '.'))}"
+
+
+class RunFolder:
+    """A run's folder, held by one run at a time. Made and used on rank 0 alone.
+
+    Raises:
+        ValueError: another run holds the folder, or a new run would write over one that has checkpoints.
+    """
+
+    def __init__(self, path: Path, resumes: bool):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._hold()
+        if not resumes and list_checkpoints(path):
+            raise ValueError(
+                f"exp_name='{path.name}': {path} already holds checkpoints; "
+                f"continue it with --load {path}, or choose another --exp-name"
+            )
+        for unfinished in path.glob(TEMPORARY_PREFIX + "*"):
+            shutil.rmtree(unfinished)
+
+    def _hold(self):
+        # A POSIX lock: it ends with this process, however it ends, and forked data workers do not inherit it.
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ValueError(
+                f"{self.path} is in use by another run ({lock.read().strip() or 'unknown process'}); "
+                "stop it, or choose another --exp-name"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return lock
+
+    def write_config(self, text: str) -> None:
+        (self.path / "config.txt").write_text(text)
+
+    def cut_metrics(self, global_step: int) -> None:
+        """Drop the lines of updates after `global_step`, which will be done again, and a line cut short by a kill."""
+        metrics = self.path / METRICS_FILE
+        if not metrics.exists():
+            return
+        kept = []
+        for line in metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= global_step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                continue
+        shorter = metrics.with_suffix(".tmp")
+        shorter.write_text("".join(line + "\n" for line in kept))
+        shorter.replace(metrics)

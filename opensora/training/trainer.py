@@ -1,0 +1,186 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from opensora.checkpoint_folder import resolve_checkpoint
+from opensora.common import get_logger, log_to_file
+from opensora.config import dump_config
+from opensora.data.batch import Batch
+from opensora.parallel.context import ParallelContext
+from opensora.parallel.timing import PhaseTimer
+from opensora.training import callbacks
+from opensora.training.build import build_data, build_engine, build_step
+from opensora.training.checkpoint import Checkpointer, prune, read_running_states
+from opensora.training.ema import ExponentialMovingAverage
+from opensora.training.optim import LearningRate
+from opensora.training.run_folder import RunFolder, default_experiment_name
+from opensora.training.state import TrainState, UpdateMetrics
+
+
+class Trainer:
+    """One run: from a config, and a checkpoint if `load` names one, to the last update.
+
+    Attributes that callbacks may read: cfg, context, state, timer, run_folder, total_updates, resumed_at.
+    """
+
+    def __init__(self, cfg, context: ParallelContext):
+        self.cfg, self.context = cfg, context
+        checkpoint = context.on_main(lambda: resolve_checkpoint(cfg.load)) if cfg.load else None
+        self.state = TrainState()
+        self.resumed_at: int | None = None
+        self.sampler, self.loader = build_data(cfg, context)
+        self._place(checkpoint)
+        self.run_folder = self._open_run_folder()
+        self.step = build_step(cfg, context.device)
+        self.engine = build_engine(cfg, context, checkpoint)
+        self.ema = ExponentialMovingAverage(self.engine.shards(), cfg.ema_decay) if cfg.ema_decay else None
+        self.checkpointer = Checkpointer(context, self.engine, self.ema)
+        torch.manual_seed(cfg.seed + context.rank)
+        if checkpoint is not None:
+            self.checkpointer.load(checkpoint)
+        self.timer = PhaseTimer(context.device)
+        self.total_updates = self._total_updates()
+        self.learning_rate = LearningRate(cfg.optim.lr, cfg.warmup_steps, cfg.use_cosine_scheduler, self.total_updates)
+        self.callbacks = self._build_callbacks()
+        self._log_summary(checkpoint)
+
+    def run(self) -> None:
+        """Train until `max_steps` updates or `epochs` epochs are done."""
+        try:
+            self._notify("on_start")
+            for micro_batches in self._updates():
+                metrics = self._update(micro_batches)
+                self._notify("on_update", metrics)
+            self._notify("on_end")
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    def save_checkpoint(self) -> Path:
+        """Save where the run is now; every rank calls it."""
+        position = {"step": self.state.update * self.cfg.accumulation_steps, "batch_size": None}
+        files = {
+            "sampler.json": json.dumps(self.sampler.state_dict(self.state.epoch, self.state.update)),
+            "config.txt": dump_config(self.cfg),
+        }
+        folder = self.checkpointer.save(self.run_folder, self.state, files, position)
+        if self.context.is_main:
+            prune(self.run_folder, self.cfg.keep_n_latest)
+        return folder
+
+    def _updates(self) -> Iterator[Iterator[Batch]]:
+        """The micro-batches of one update after another, until the run is done."""
+        if self.state.global_step >= self.total_updates:
+            get_logger().info(f"nothing to do: {self.state.global_step} of {self.total_updates} updates are done")
+            return
+        batches = iter(self.loader)
+        for _ in range(self.state.global_step, self.total_updates):
+            with self.timer("data", on_device=False):
+                first = next(batches, None)
+            if first is None:  # the last epoch is over
+                return
+            yield self._micro_batches(first, batches)
+
+    def _micro_batches(self, first: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
+        yield first
+        for _ in range(1, self.cfg.accumulation_steps):
+            with self.timer("data", on_device=False):
+                batch = next(batches)
+            yield batch
+
+    def _update(self, micro_batches: Iterator[Batch]) -> UpdateMetrics:
+        """One optimizer update from `accumulation_steps` micro-batches on each rank."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.context.device)  # loss, samples, tokens
+        for micro_step, batch in enumerate(micro_batches):
+            self._notify("on_batch", batch)
+            with self.timer("encode"):
+                inputs = self.step.encode(batch)
+            with self.timer("forward_backward"):
+                loss = self.engine.forward_backward(
+                    lambda model, inputs=inputs: self.step.loss(model, inputs), micro_step, self.cfg.accumulation_steps
+                )
+            totals[0] += loss
+            totals[1:] += torch.tensor([len(batch.text), inputs.num_tokens(self.step.patch_size)])
+        with self.timer("optimizer"):
+            lr = self.learning_rate(self.state.global_step)
+            grad_norm = self.engine.step(lr)
+            if self.ema:
+                self.ema.update()
+        loss_sum, samples, tokens = self.context.sum(totals).tolist()
+        self.state.advance(batch.epoch, batch.update, int(samples))
+        return UpdateMetrics(
+            step=self.state.global_step,
+            epoch=self.state.epoch,
+            loss=loss_sum / (self.context.data_parallel_size * self.cfg.accumulation_steps),
+            grad_norm=grad_norm,
+            lr=lr,
+            samples=int(samples),
+            tokens=int(tokens),
+            seconds={phase: round(seconds, 6) for phase, seconds in self.timer.collect().items()},
+        )
+
+    def _place(self, checkpoint: Path | None) -> None:
+        """Set where data and counters start: the checkpoint's place, and over it `start_epoch` and `start_step`."""
+        start_epoch, start_step = self.cfg.start_epoch, self.cfg.start_step
+        if checkpoint is not None:
+            running = read_running_states(checkpoint)
+            self.resumed_at = running["global_step"]
+            self.state = TrainState(running["epoch"], 0, running["global_step"], running["samples"])
+            if start_epoch is None and start_step is None:
+                self.sampler.load_state_dict(json.loads((checkpoint / "sampler.json").read_text()))
+                return
+            start_epoch = running["epoch"] if start_epoch is None else start_epoch
+        if start_epoch is not None or start_step is not None:
+            self.sampler.start_at(start_epoch or 0, start_step or 0)
+
+    def _open_run_folder(self) -> Path:
+        """The run's folder, made and locked on rank 0, known to all."""
+        cfg = self.cfg
+
+        def open_folder() -> Path:
+            name = cfg.exp_name or default_experiment_name(cfg.filename, datetime.now())
+            self._folder = RunFolder(Path(cfg.outputs) / name, resumes=bool(cfg.load))
+            self._folder.write_config(dump_config(cfg))
+            self._folder.cut_metrics(self.state.global_step)
+            log_to_file(self._folder.path / "log.txt")
+            return self._folder.path
+
+        return self.context.on_main(open_folder)
+
+    def _total_updates(self) -> int:
+        updates = self.sampler.len_epoch(self.state.epoch) * self.cfg.epochs
+        return updates if self.cfg.max_steps is None else min(updates, self.cfg.max_steps)
+
+    def _build_callbacks(self) -> list[callbacks.Callback]:
+        cfg, found = self.cfg, [callbacks.GarbageCollection(), callbacks.RejectedSamples(self.run_folder)]
+        if self.context.is_main:
+            found += [
+                callbacks.MetricsFile(self.run_folder),
+                callbacks.TensorBoard(self.run_folder, cfg.log_every, self.state.global_step),
+                callbacks.Progress(cfg.log_every),
+            ]
+            if cfg.wandb:
+                config = json.loads(dump_config(cfg))
+                found.append(callbacks.WeightsAndBiases(self.run_folder, cfg.log_every, cfg.wandb_project, config))
+        return [*found, callbacks.Checkpoints(cfg.ckpt_every)]
+
+    def _notify(self, moment: str, *facts) -> None:
+        for callback in self.callbacks:
+            getattr(callback, moment)(self, *facts)
+
+    def _log_summary(self, checkpoint: Path | None) -> None:
+        log, context = get_logger(), self.context
+        parameters = sum(p.numel() for p in self.engine.module.parameters())
+        log.info(f"run folder: {self.run_folder}")
+        log.info(f"{context.world_size} ranks on {context.device.type}, plugin {self.cfg.plugin}, {self.cfg.dtype}")
+        log.info(f"model: {parameters:,} parameters")
+        if checkpoint is not None:
+            place = f"epoch {self.state.epoch}, update {self.state.global_step}"
+            log.info(f"resumed from {checkpoint} ({place}): weights, optimizer and position")

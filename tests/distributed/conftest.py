@@ -1,0 +1,16 @@
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

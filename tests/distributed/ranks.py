@@ -1,0 +1,64 @@
+"""A pool of processes that stay joined in one process group and run functions together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """`ranks(function, *args)` runs `function(context, *args)` on every rank and returns the results by rank."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        spawn = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable, *args: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(120), f"rank {rank} does not answer"
+            failure, result = pipe.recv()
+            assert failure is None, f"rank {rank}:\n{failure}"
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(20)
+
+
+def _serve(rank: int, world_size: int, port: int, pipe) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    import torch
+
+    from opensora.parallel.context import ParallelContext
+
+    torch.set_num_threads(1)
+    context = ParallelContext.create(60)
+    while (task := pipe.recv()) is not None:
+        function, args = task
+        try:
+            pipe.send((None, function(context, *args)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
+    context.close()
