@@ -52,11 +52,12 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-def log_to_file(path: str | Path) -> None:
-    """Append the logger's lines to a file too."""
+def log_to_file(path: str | Path) -> logging.Handler:
+    """Append the logger's lines to a file too, until the handler that is returned is removed."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
     get_logger().addHandler(handler)
+    return handler
 
 
 @contextmanager

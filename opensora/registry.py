@@ -96,4 +96,4 @@ class Registry:
 MODELS = Registry("model")
 AUTOENCODERS = Registry("autoencoder")
 TEXT_ENCODERS = Registry("text encoder")
-DATASETS = Registry("dataset", supplied=("data_path",))
+DATASETS = Registry("dataset")

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 
 class PhaseTimer:
-    """Adds up the seconds spent in named phases.
+    """Adds up the seconds spent in each of `phases`.
 
     On CUDA a phase is timed between two events on the stream, so that timing never makes the host wait; `collect`
     waits for the last of them.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._host: dict[str, float] = defaultdict(float)
+    def __init__(self, device: torch.device, phases: Sequence[str]):
+        self._device, self._phases = device, phases
+        self._host = self._zeros()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -38,10 +37,13 @@ class PhaseTimer:
 
     def collect(self) -> dict[str, float]:
         """The seconds of each phase since the last call."""
-        seconds, self._host = self._host, defaultdict(float)
+        seconds, self._host = self._host, self._zeros()
         if self._events:
             self._events[-1][2].synchronize()
         for phase, begin, end in self._events:
             seconds[phase] += begin.elapsed_time(end) / 1000
         self._events.clear()
-        return dict(seconds)
+        return seconds
+
+    def _zeros(self) -> dict[str, float]:
+        return dict.fromkeys(self._phases, 0.0)

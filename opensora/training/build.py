@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from opensora.common import to_torch_dtype
+from opensora.data.bucket import BucketTable
 from opensora.data.loader import build_loader
 from opensora.data.sampler import BucketSampler
 from opensora.models.activation import checkpoint_blocks
@@ -21,24 +23,20 @@ from opensora.training.optim import build_optimizer
 from opensora.training.step import FlowMatchingStep
 
 
-def build_data(cfg, context: ParallelContext):
-    """The table's sampler for this rank, and what makes the loader once the sampler's start is known."""
+def build_data(cfg, context: ParallelContext) -> tuple[BucketSampler, DataLoader]:
+    """The sampler of this rank and the loader that follows it, from wherever the sampler is when iterating begins."""
     dataset = DATASETS.build(cfg.dataset, where="dataset")
     sampler = BucketSampler(
         dataset.table,
-        cfg.bucket_config,
-        fps_max=dataset.fps_max,
+        BucketTable(cfg.bucket_config, dataset.fps_max, cfg.ae_spatial_compression),
         seed=cfg.seed,
         epochs=cfg.epochs,
-        data_parallel_rank=context.data_parallel_rank,
         data_parallel_size=context.data_parallel_size,
+        data_parallel_rank=context.data_parallel_rank,
         accumulation_steps=cfg.accumulation_steps,
-        spatial_multiple=cfg.ae_spatial_compression,
     )
-    loader = build_loader(
-        dataset, sampler, cfg.num_workers, cfg.prefetch_factor, pin_memory=context.device.type != "cpu"
-    )
-    return sampler, loader
+    pin_memory = context.device.type != "cpu"
+    return sampler, build_loader(dataset, sampler, cfg.num_workers, cfg.prefetch_factor, pin_memory)
 
 
 def build_frozen(registry, settings: Mapping[str, Any], where: str, device: torch.device, dtype: torch.dtype):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,17 +29,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def check_optimizer_settings(settings: Mapping[str, Any]) -> None:
-    """ValueError that names the first key of `optim` that its class does not take."""
-    takes = set(inspect.signature(optimizer_class(settings["cls"])).parameters) - {"params"}
-    for key in settings:
-        if key != "cls" and key not in takes and key not in LEGACY_SETTINGS:
-            raise ValueError(f"optim.{key} is not a setting of {settings['cls']}{nearest(key, takes)}")
-
-
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The optimizer of `optim=dict(cls=..., lr=..., ...)` over the trained parameters."""
-    check_optimizer_settings(settings)
     arguments = {key: value for key, value in settings.items() if key != "cls" and key not in LEGACY_SETTINGS}
     cls = optimizer_class(settings["cls"])
     if cls is torch.optim.AdamW:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from opensora.checkpoint_folder import list_checkpoints
+from opensora.common import get_logger, log_to_file
 
 METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -62,6 +63,16 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         (self.path / "config.txt").write_text(text)
+
+    def start_log(self) -> None:
+        """Append the logger's lines to `log.txt` from here on."""
+        self._log = log_to_file(self.path / "log.txt")
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        get_logger().removeHandler(self._log)
+        self._log.close()
+        self._lock.close()
 
     def cut_metrics(self, global_step: int) -> None:
         """Drop the lines of updates after `global_step`, which will be done again, and a line cut short by a kill."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from opensora.checkpoint_folder import resolve_checkpoint
-from opensora.common import get_logger, log_to_file
+from opensora.common import get_logger
 from opensora.config import dump_config
 from opensora.data.batch import Batch
 from opensora.parallel.context import ParallelContext
@@ -22,6 +22,8 @@ from opensora.training.ema import ExponentialMovingAverage
 from opensora.training.optim import LearningRate
 from opensora.training.run_folder import RunFolder, default_experiment_name
 from opensora.training.state import TrainState, UpdateMetrics
+
+PHASES = ("data", "encode", "forward_backward", "optimizer", "checkpoint")
 
 
 class Trainer:
@@ -37,6 +39,7 @@ class Trainer:
         self.resumed_at: int | None = None
         self.sampler, self.loader = build_data(cfg, context)
         self._place(checkpoint)
+        self.total_updates = self._total_updates()
         self.run_folder = self._open_run_folder()
         self.step = build_step(cfg, context.device)
         self.engine = build_engine(cfg, context, checkpoint)
@@ -45,8 +48,7 @@ class Trainer:
         torch.manual_seed(cfg.seed + context.rank)
         if checkpoint is not None:
             self.checkpointer.load(checkpoint)
-        self.timer = PhaseTimer(context.device)
-        self.total_updates = self._total_updates()
+        self.timer = PhaseTimer(context.device, PHASES)
         self.learning_rate = LearningRate(cfg.optim.lr, cfg.warmup_steps, cfg.use_cosine_scheduler, self.total_updates)
         self.callbacks = self._build_callbacks()
         self._log_summary(checkpoint)
@@ -62,10 +64,12 @@ class Trainer:
         finally:
             for callback in self.callbacks:
                 callback.close()
+            if self.context.is_main:
+                self._folder.close()
 
     def save_checkpoint(self) -> Path:
         """Save where the run is now; every rank calls it."""
-        position = {"step": self.state.update * self.cfg.accumulation_steps, "batch_size": None}
+        position = {"step": self.state.update * self.cfg.accumulation_steps}
         files = {
             "sampler.json": json.dumps(self.sampler.state_dict(self.state.epoch, self.state.update)),
             "config.txt": dump_config(self.cfg),
@@ -76,15 +80,15 @@ class Trainer:
         return folder
 
     def _updates(self) -> Iterator[Iterator[Batch]]:
-        """The micro-batches of one update after another, until the run is done."""
+        """The micro-batches of one update after another, until `max_steps` or the last epoch's end."""
         if self.state.global_step >= self.total_updates:
             get_logger().info(f"nothing to do: {self.state.global_step} of {self.total_updates} updates are done")
             return
         batches = iter(self.loader)
-        for _ in range(self.state.global_step, self.total_updates):
+        while self.cfg.max_steps is None or self.state.global_step < self.cfg.max_steps:
             with self.timer("data", on_device=False):
                 first = next(batches, None)
-            if first is None:  # the last epoch is over
+            if first is None:
                 return
             yield self._micro_batches(first, batches)
 
@@ -129,16 +133,25 @@ class Trainer:
     def _place(self, checkpoint: Path | None) -> None:
         """Set where data and counters start: the checkpoint's place, and over it `start_epoch` and `start_step`."""
         start_epoch, start_step = self.cfg.start_epoch, self.cfg.start_step
+        restart = start_epoch is not None or start_step is not None
         if checkpoint is not None:
             running = read_running_states(checkpoint)
             self.resumed_at = running["global_step"]
-            self.state = TrainState(running["epoch"], 0, running["global_step"], running["samples"])
-            if start_epoch is None and start_step is None:
+            self.state.global_step, self.state.samples = running["global_step"], running["samples"]
+            if start_epoch is None:
+                start_epoch = running["epoch"]
+            if not restart:
                 self.sampler.load_state_dict(json.loads((checkpoint / "sampler.json").read_text()))
-                return
-            start_epoch = running["epoch"] if start_epoch is None else start_epoch
-        if start_epoch is not None or start_step is not None:
+        if restart:
             self.sampler.start_at(start_epoch or 0, start_step or 0)
+        self.state.epoch, self.state.update = self.sampler.position
+
+    def _total_updates(self) -> int:
+        """Updates done when the run ends: what is left of the data, but no more than `max_steps`."""
+        state, epochs_left = self.state, self.cfg.epochs - self.state.epoch
+        per_epoch = self.sampler.len_epoch(state.epoch)  # of other epochs it may differ, if buckets are drawn
+        total = state.global_step + max(0, epochs_left * per_epoch - state.update)
+        return total if self.cfg.max_steps is None else min(total, self.cfg.max_steps)
 
     def _open_run_folder(self) -> Path:
         """The run's folder, made and locked on rank 0, known to all."""
@@ -149,14 +162,10 @@ class Trainer:
             self._folder = RunFolder(Path(cfg.outputs) / name, resumes=bool(cfg.load))
             self._folder.write_config(dump_config(cfg))
             self._folder.cut_metrics(self.state.global_step)
-            log_to_file(self._folder.path / "log.txt")
+            self._folder.start_log()
             return self._folder.path
 
         return self.context.on_main(open_folder)
-
-    def _total_updates(self) -> int:
-        updates = self.sampler.len_epoch(self.state.epoch) * self.cfg.epochs
-        return updates if self.cfg.max_steps is None else min(updates, self.cfg.max_steps)
 
     def _build_callbacks(self) -> list[callbacks.Callback]:
         cfg, found = self.cfg, [callbacks.GarbageCollection(), callbacks.RejectedSamples(self.run_folder)]

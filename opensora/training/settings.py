@@ -1,0 +1,292 @@
+"""What can be set for training, and the rules among the settings."""
+
+# ruff: noqa: RUF009 (`setting` makes a dataclass field)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import opensora.data.loader
+import opensora.models  # noqa: F401  registers the components
+from opensora.data.aspect import resolution_sizes
+from opensora.diffusion.conditions import check_condition_config
+from opensora.models.text.embedder import text_width
+from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS, Registry
+from opensora.schema import ABSENT, setting
+from opensora.settings import (
+    ModelBuilding,
+    PluginSettings,
+    check_at_least,
+    check_dtype,
+    check_frames,
+    check_latents,
+    check_model,
+    check_plugin,
+    check_text_widths,
+    check_weights,
+    get,
+    planned,
+    raise_unavailable,
+)
+from opensora.training.optim import FUSED_ADAMW_NAMES, optimizer_class
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+
+
+def _optimizers() -> Registry:
+    registry = Registry("optimizer", supplied=("params",))
+    for name in (*FUSED_ADAMW_NAMES, *torch.optim.__all__):
+        if isinstance(getattr(torch.optim, name, torch.optim.AdamW), type) and name != "Optimizer":
+            registry.register(name)(optimizer_class(name))
+    return registry
+
+
+OPTIMIZERS = _optimizers()
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """What `optim` takes beside the arguments of the optimizer that `cls` names."""
+
+    lr: float = setting(doc="learning rate")
+    adamw_mode: bool = setting(ABSENT, legacy="weight decay is always decoupled from the gradient")
+
+
+@dataclass(kw_only=True)
+class DropoutRatio:
+    """Probability that a sample's text is replaced by the empty one, for each encoder on its own."""
+
+    t5: float = setting(0.0, "of the T5 tokens")
+    clip: float = setting(0.0, "of the CLIP vector")
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """All settings of a training run."""
+
+    # ---- what is trained, and beside which frozen parts
+    model: dict = setting(doc="the transformer", registry=MODELS, also=ModelBuilding)
+    ae: dict = setting(doc="the video autoencoder", registry=AUTOENCODERS)
+    t5: dict = setting(doc="encoder of the text's tokens", registry=TEXT_ENCODERS)
+    clip: dict = setting(doc="encoder of the text's vector", registry=TEXT_ENCODERS)
+    dropout_ratio: DropoutRatio = setting(doc="text dropout by encoder, for classifier-free guidance")
+    condition_config: dict[str, float] | None = setting(
+        None, "weight of each condition (t2v, i2v_head, ...); None trains text-to-video only"
+    )
+    is_causal_vae: bool = setting(ABSENT, legacy="the autoencoder itself says whether it is causal")
+
+    # ---- data
+    dataset: dict = setting(doc="the table of videos and how it is read", registry=DATASETS)
+    bucket_config: dict[str, dict[int, tuple[float | tuple[float, float], int]]] = setting(
+        doc="{resolution: {frames: (probability, samples per batch)}}"
+    )
+    ae_spatial_compression: int = setting(
+        16, "frame sizes are multiples of it: the autoencoder's 8 times the patch's 2"
+    )
+    num_workers: int = setting(4, "processes that decode, per rank; 0 decodes in the trainer")
+    prefetch_factor: int | None = setting(2, "batches that each of them prepares ahead")
+    pin_memory_cache_pre_alloc_numels: list[int] | None = setting(
+        ABSENT, legacy="the loader pins what it needs by itself"
+    )
+    num_bucket_build_workers: int = setting(ABSENT, legacy="buckets are assigned in one vectorised pass")
+
+    # ---- optimization
+    optim: dict = setting(
+        {"cls": "HybridAdam", "lr": 5e-5, "eps": 1e-15, "weight_decay": 0.0},
+        "the optimizer and its arguments",
+        registry=OPTIMIZERS,
+        selector="cls",
+        also=OptimizerSettings,
+    )
+    lr: float | None = setting(None, "stands for optim.lr")
+    eps: float | None = setting(None, "stands for optim.eps")
+    warmup_steps: int | None = setting(None, "updates over which the learning rate rises from 1e-6")
+    use_cosine_scheduler: bool = setting(False, "let the learning rate fall to 0 at the end of the run")
+    grad_clip: float | None = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
+    accumulation_steps: int = setting(1, "micro-batches of a rank in one update")
+    ema_decay: float | None = setting(None, "keep an exponential moving average of the weights, e.g. 0.9999")
+    lora_config: dict[str, Any] | None = setting(None, "train low-rank adapters (a later version)")
+    update_warmup_steps: bool = setting(ABSENT, legacy="the learning rate follows from the update's number")
+
+    # ---- precision, memory, devices
+    dtype: str = setting("bf16", "what the model computes in: bf16 (with fp32 master weights) or fp32")
+    plugin: str = setting("zero2", "how ranks share the optimizer: zero1 or zero2")
+    plugin_config: PluginSettings = setting(doc="arguments of the plugin")
+    grad_checkpoint: bool = setting(True, "recompute blocks in the backward pass, as model.grad_ckpt_settings says")
+    grad_ckpt_settings: tuple[int, int] | None = setting(None, "stands for model.grad_ckpt_settings")
+    grad_ckpt_buffer_size: int = setting(0, "bytes of pinned memory for offloaded activations (a later version)")
+    dist_timeout: float = setting(1800.0, "seconds after which a rank that waits for the others gives up")
+
+    # ---- the run
+    seed: int = setting(42, "of initial weights, the order of the data and every random choice about a sample")
+    epochs: int = setting(1000, "passes over the table")
+    max_steps: int | None = setting(None, "stop after so many updates, counted from the first run on")
+    load: str | list[str] | None = setting(
+        None, "continue from a checkpoint, the newest of several, or a run's newest", several=True
+    )
+    start_epoch: int | None = setting(None, "with --load: the epoch to go on with")
+    start_step: int | None = setting(None, "with --load: the micro-batch of that epoch to go on with")
+
+    # ---- what it leaves
+    outputs: str = setting("outputs", "folder of the run folders")
+    exp_name: str | None = setting(None, "name of the run folder; None: time and config")
+    log_every: int = setting(10, "updates between lines of the log")
+    ckpt_every: int = setting(2000, "updates between checkpoints; 0: only at the end")
+    keep_n_latest: int | None = setting(None, "checkpoints that are kept; None: all")
+    async_io: bool = setting(False, "write checkpoints in the background (a later version)")
+    wandb: bool = setting(False, "log to Weights & Biases too")
+    wandb_project: str = setting("mmdit", "its project")
+    save_master_weights: bool = setting(ABSENT, legacy="checkpoints always hold the fp32 master weights")
+    load_master_weights: bool = setting(ABSENT, legacy="--load always restores the fp32 master weights")
+
+    # Settings that stand for another one: giving either is the same.
+    aliases: ClassVar[dict[str, str]] = {
+        "lr": "optim.lr",
+        "eps": "optim.eps",
+        "grad_ckpt_setting": "model.grad_ckpt_settings",
+        "grad_ckpt_settings": "model.grad_ckpt_settings",
+        "model.grad_ckpt_setting": "model.grad_ckpt_settings",
+        "resize": "dataset.resize",
+    }
+
+
+LEAST = {
+    "accumulation_steps": 1,
+    "ae_spatial_compression": 1,
+    "ckpt_every": 0,
+    "epochs": 1,
+    "grad_ckpt_buffer_size": 0,
+    "grad_clip": 0,
+    "keep_n_latest": 1,
+    "log_every": 1,
+    "max_steps": 0,
+    "num_workers": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "prefetch_factor": 1,
+    "seed": 0,
+    "start_epoch": 0,
+    "start_step": 0,
+    "warmup_steps": 0,
+}
+
+
+def validate(cfg: Mapping[str, Any], world_size: int) -> None:
+    """The rules among settings; touches no file and no device.
+
+    Args:
+        cfg: of `load_config(argv, TrainSettings)`.
+        world_size: processes of the job.
+
+    Raises:
+        ValueError: the first rule that is broken: the setting, its value, what it must be.
+    """
+    check_at_least(cfg, LEAST)
+    check_dtype(cfg["dtype"])
+    check_model(cfg["model"])
+    check_latents(cfg["model"], cfg["ae"])
+    check_plugin(cfg, world_size)
+    _check_optimization(cfg)
+    _check_buckets(cfg)
+    _check_conditions(cfg)
+    _check_table(get(cfg, "dataset.data_path"))
+
+
+def _check_optimization(cfg: Mapping[str, Any]) -> None:
+    if not cfg["optim"]["lr"] > 0:
+        raise ValueError(f"optim.lr={cfg['optim']['lr']} must be above 0")
+    for beta in cfg["optim"].get("betas", ()):
+        if not 0 <= beta < 1:
+            raise ValueError(f"optim.betas={tuple(cfg['optim']['betas'])} must be in [0, 1)")
+    if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
+        raise ValueError(f"ema_decay={cfg['ema_decay']} must be between 0 and 1, e.g. 0.9999; None keeps no average")
+    if not cfg["dist_timeout"] > 0:
+        raise ValueError(f"dist_timeout={cfg['dist_timeout']} must be above 0 seconds")
+    for encoder, probability in cfg["dropout_ratio"].items():
+        if not 0 <= probability <= 1:
+            raise ValueError(f"dropout_ratio.{encoder}={probability} must be a probability, 0 to 1")
+
+
+def _check_buckets(cfg: Mapping[str, Any]) -> None:
+    if not any(cfg["bucket_config"].values()):
+        raise ValueError("bucket_config is empty: give it {resolution: {frames: (probability, samples per batch)}}")
+    for resolution, by_frames in cfg["bucket_config"].items():
+        resolution_sizes(resolution, cfg["ae_spatial_compression"])
+        for num_frames, (probability, batch_size) in by_frames.items():
+            where = f"bucket_config.{resolution}.{num_frames}"
+            check_frames(num_frames, cfg["ae"], where)
+            odds = probability if isinstance(probability, (tuple, list)) else (probability,)
+            if not all(0 <= p <= 1 for p in odds):
+                raise ValueError(f"{where}: probability {probability} must be 0 to 1")
+            if batch_size < 1:
+                raise ValueError(f"{where}: batch size {batch_size} must be at least 1")
+
+
+def _check_conditions(cfg: Mapping[str, Any]) -> None:
+    takes_condition = cfg["model"].get("cond_embed", False)
+    if cfg["condition_config"] is None:
+        if takes_condition:
+            raise ValueError(
+                "model.cond_embed=True needs conditions to train on: set --condition_config "
+                '"dict(t2v=1, i2v_head=5)", or --model.cond-embed False'
+            )
+        return
+    if not takes_condition:
+        raise ValueError("condition_config needs a model that takes conditions: set --model.cond-embed True")
+    check_condition_config(cfg["condition_config"])
+
+
+def _check_table(path: str | None) -> None:
+    if path is None:
+        raise ValueError("dataset.data_path is not set: give the table of videos, --dataset.data-path TABLE.csv")
+    if Path(path).suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"dataset.data_path='{path}' is no table: a {' or '.join(TABLE_SUFFIXES)} file")
+
+
+def require_available(cfg: Mapping[str, Any]) -> None:
+    """ValueError that says which of the settings need what a later version brings, and what to do today."""
+    reasons = []
+    if cfg["plugin"] == "hybrid":
+        kept = {k: v for k, v in cfg["plugin_config"].items() if k in ("reduce_bucket_size_in_m", "overlap_allgather")}
+        reasons.append(
+            "plugin='hybrid': tensor and sequence parallelism are not available in this version: "
+            f'set --plugin zero2 --plugin_config "{kept}"'
+        )
+    for section, registry in (("model", MODELS), ("ae", AUTOENCODERS), ("t5", TEXT_ENCODERS), ("clip", TEXT_ENCODERS)):
+        reasons += planned(registry, cfg[section], section)
+        if cfg[section].get("shardformer"):
+            reasons.append(
+                f"{section}.shardformer=True is not available in this version: set --{section}.shardformer False"
+            )
+    later = {
+        "dataset.memory_efficient": "set --dataset.memory-efficient False",
+        "lora_config": "leave it out: all weights are trained",
+        "async_io": "set --async-io False: checkpoints are written before the next step",
+        "grad_ckpt_buffer_size": "set --grad-ckpt-buffer-size 0: blocks are recomputed, nothing is offloaded",
+    }
+    reasons += [
+        f"{name}={get(cfg, name)} is not available in this version: {remedy}"
+        for name, remedy in later.items()
+        if get(cfg, name)
+    ]
+    if cfg["dtype"] not in ("bf16", "fp32", "float32"):
+        reasons.append(
+            f"dtype='{cfg['dtype']}' is not available for training in this version: set --dtype bf16 or fp32"
+        )
+    raise_unavailable(reasons)
+
+
+def check_paths(cfg: Mapping[str, Any]) -> None:
+    """The files and folders that the config names exist (FileNotFoundError) and fit the model (ValueError)."""
+    path = cfg["dataset"]["data_path"]
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"dataset.data_path='{path}' does not exist: make it with scripts/cnv/meta.py (see datasets/README.md)"
+        )
+    check_weights(cfg, ("model", "ae", "t5", "clip"))
+    check_text_widths(cfg, text_width)
