@@ -73,9 +73,7 @@ class Engine:
         settings = {"master_weights": True, "cast_inputs": False, **plugin_config}
         if self.context.device.type == "cpu":
             settings["overlap_communication"] = False  # there is no second stream to overlap with
-        return LowLevelZeroPlugin(
-            stage=self._stage, precision=PRECISIONS[dtype], max_norm=grad_clip or 0.0, **settings
-        )
+        return LowLevelZeroPlugin(stage=self._stage, precision=PRECISIONS[dtype], max_norm=grad_clip or 0.0, **settings)
 
     def forward_backward(
         self, loss_of: Callable[[nn.Module], torch.Tensor], micro_step: int = 0, accumulation_steps: int = 1

@@ -30,6 +30,5 @@ class ExponentialMovingAverage:
     def tensors(self) -> dict[str, LogicalTensor]:
         """This rank's boxes of every average, by parameter name: to write, or to fill."""
         return {
-            shard.name: shard.as_logical(average)
-            for shard, average in zip(self._shards, self._averages, strict=True)
+            shard.name: shard.as_logical(average) for shard, average in zip(self._shards, self._averages, strict=True)
         }

@@ -24,7 +24,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         return torch.optim.AdamW
     found = getattr(torch.optim, name, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+        known = [
+            n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+        ]
         raise ValueError(f"optim.cls='{name}' is unknown{nearest(name, [*FUSED_ADAMW_NAMES, *known])}")
     return found
 
@@ -47,7 +49,9 @@ class LearningRate:
     with `cosine` falls to 0 at update `total`: lr / 2 * (1 + cos(pi * (u - w) / (total - w))).
     """
 
-    def __init__(self, lr: float, warmup: int | None = None, cosine: bool = False, total: int = 0, initial: float = 1e-6):
+    def __init__(
+        self, lr: float, warmup: int | None = None, cosine: bool = False, total: int = 0, initial: float = 1e-6
+    ):
         self.lr, self.warmup, self.cosine, self.total, self.initial = lr, warmup or 0, cosine, total, initial
 
     def __call__(self, update: int) -> float:

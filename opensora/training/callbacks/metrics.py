@@ -97,7 +97,9 @@ class WeightsAndBiases(Callback):
             get_logger().warning(f"Weights & Biases cannot be reached ({error}); logging offline")
             self._run = wandb.init(mode=(mode := "offline"), **options)
         if mode == "offline":
-            get_logger().info(f"Weights & Biases logs offline; upload later with: wandb sync {run_folder}/wandb/offline-*")
+            get_logger().info(
+                f"Weights & Biases logs offline; upload later with: wandb sync {run_folder}/wandb/offline-*"
+            )
         self._every = every
 
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:

@@ -26,7 +26,9 @@ class Progress(Callback):
         if sys.stderr.isatty():
             self._redirect = logging_redirect_tqdm([get_logger()])
             self._redirect.__enter__()
-            self._bar = tqdm(total=trainer.total_updates, initial=trainer.state.global_step, unit="step", mininterval=0.5)
+            self._bar = tqdm(
+                total=trainer.total_updates, initial=trainer.state.global_step, unit="step", mininterval=0.5
+            )
         self._since, self._samples, self._updates = time.perf_counter(), 0, 0
 
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:

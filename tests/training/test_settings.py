@@ -1,0 +1,256 @@
+"""The rules among training settings, by what a broken one says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from opensora.config import load_config
+from opensora.training.settings import OPTIMIZERS, TrainSettings, check_paths, require_available, validate
+
+CONFIG = """
+model = dict(
+    type="flux", in_channels=64, vec_in_dim=16, context_in_dim=32, hidden_size=64, mlp_ratio=4, num_heads=4, depth=1,
+    depth_single_blocks=1, axes_dim=[4, 6, 6], theta=10000, qkv_bias=True, guidance_embed=False, fused_qkv=False,
+)
+ae = dict(type="linear_causal", from_pretrained="{folder}/ae.safetensors")
+t5 = dict(type="text_embedder", from_pretrained="{folder}/t5", max_length=16)
+clip = dict(type="text_embedder", from_pretrained="{folder}/clip", max_length=16)
+dataset = dict(type="video_text", data_path="{folder}/table.csv")
+bucket_config = {{"64px": {{1: (1.0, 4), 9: (0.5, 2)}}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A config, and all that it names."""
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "table.csv").write_text("path,text\n")
+    (tmp_path / "ae.safetensors").write_bytes(b"")
+    for name, config in {
+        "t5": {"model_type": "t5", "d_model": 32},
+        "clip": {"model_type": "clip_text_model", "hidden_size": 16},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def load(folder):
+    return lambda *overrides: load_config([str(folder / "config.py"), *overrides], TrainSettings)
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_small_config_is_valid_on_any_number_of_processes(load):
+    for world_size in (1, 2, 7):
+        validate(load(), world_size)
+    require_available(load())
+    check_paths(load())
+
+
+def test_defaults_that_every_run_has(load):
+    cfg = load()
+    assert cfg.optim.to_dict() == {"cls": "HybridAdam", "lr": 5e-5, "eps": 1e-15, "weight_decay": 0.0}
+    assert (cfg.lr, cfg.eps, cfg.plugin, cfg.dtype, cfg.max_steps, cfg.load) == (
+        5e-5,
+        1e-15,
+        "zero2",
+        "bf16",
+        None,
+        None,
+    )
+    assert cfg.plugin_config == {} and cfg.dropout_ratio == {"t5": 0.0, "clip": 0.0}
+    assert (cfg.model.from_pretrained, cfg.model.grad_ckpt_settings) == (None, None)
+
+
+def test_an_optimizers_arguments_are_its_own(load):
+    assert load("--optim.betas", "(0.9, 0.95)", "--optim.cls", "AdamW").optim.betas == (0.9, 0.95)
+    sgd = load("--optim", "dict(cls='SGD', lr=0.1, momentum=0.9)")
+    assert sgd.optim.to_dict() == {"cls": "SGD", "lr": 0.1, "momentum": 0.9}
+    assert sgd.eps is None
+    validate(sgd, 1)
+    with pytest.raises(ValueError, match=r"optim\.momentum is not a setting of optimizer 'HybridAdam'"):
+        load("--optim.momentum", "0.9")
+    assert "HybridAdam" in OPTIMIZERS.names() and "Optimizer" not in OPTIMIZERS.names()
+
+
+RULES = [
+    ("--epochs 0", "epochs=0 must be at least 1"),
+    ("--accumulation-steps 0", "accumulation_steps=0 must be at least 1"),
+    ("--grad-clip -1", "grad_clip=-1.0 must be at least 0"),
+    ("--log-every 0", "log_every=0 must be at least 1"),
+    ("--ckpt-every -1", "ckpt_every=-1 must be at least 0"),
+    ("--keep-n-latest 0", "keep_n_latest=0 must be at least 1"),
+    ("--max-steps -1", "max_steps=-1 must be at least 0"),
+    ("--num-workers -1", "num_workers=-1 must be at least 0"),
+    ("--prefetch-factor 0", "prefetch_factor=0 must be at least 1"),
+    ("--warmup-steps -1", "warmup_steps=-1 must be at least 0"),
+    ("--seed -1", "seed=-1 must be at least 0"),
+    ("--dist-timeout 0", "dist_timeout=0.0 must be above 0 seconds"),
+    ("--lr 0", "optim.lr=0.0 must be above 0"),
+    ("--eps -1e-8", "optim.eps=-1e-08 must be at least 0"),
+    ("--optim.weight-decay -1", "optim.weight_decay=-1.0 must be at least 0"),
+    ("--optim.betas (0.9,1.0)", "optim.betas=(0.9, 1.0) must be in [0, 1)"),
+    ("--ema-decay 1", "ema_decay=1.0 must be between 0 and 1"),
+    ("--dropout_ratio.t5 1.5", "dropout_ratio.t5=1.5 must be a probability"),
+    ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
+    ("--plugin zero3", "plugin='zero3' is unknown: one of zero1, zero2, hybrid"),
+    ("--plugin-config.sp-size 2", "plugin_config.sp_size=2 needs plugin='hybrid', not 'zero2': set --plugin_config"),
+    ("--model.depth -1", "model.depth=-1 must be at least 0"),
+    ("--model.hidden-size 0", "model.hidden_size=0 must be above 0"),
+    ("--model.num-heads 3", "model.hidden_size=64 is no multiple of model.num_heads=3"),
+    ("--model.axes-dim (4,4,6)", "model.axes_dim=[4, 4, 6] adds up to 14, but a head has hidden_size / num_heads = 64"),
+    ("--model.axes-dim (4,5,7)", "model.axes_dim=[4, 5, 7] must be three even numbers"),
+    ("--model.axes-dim (8,8)", "model.axes_dim=[8, 8] must be three even numbers"),
+    ("--grad-ckpt-setting (-1,0)", "model.grad_ckpt_settings=(-1, 0) must be counts of blocks"),
+    ("--bucket_config {}", "bucket_config is empty"),
+    ("--bucket_config {'64px':{}}", "bucket_config is empty"),
+    ("--bucket_config {'small':{1:(1,1)}}", "resolution 'small' is unknown"),
+    (
+        "--bucket_config.64px.8 (1.0,2)",
+        "8 frames do not fit ae.type='linear_causal', which takes 4n + 1 frames or one: use",
+    ),
+    ("--bucket_config.64px.0 (1.0,2)", "bucket_config.64px.0: 0 frames do not fit"),
+    ("--bucket_config.64px.5 (1.5,2)", "bucket_config.64px.5: probability 1.5 must be 0 to 1"),
+    ("--bucket_config.64px.5 ((0.5,2),2)", "bucket_config.64px.5: probability (0.5, 2.0) must be 0 to 1"),
+    ("--bucket_config.64px.5 (1.0,0)", "bucket_config.64px.5: batch size 0 must be at least 1"),
+    ("--model.cond-embed True", "model.cond_embed=True needs conditions to train on: set --condition_config"),
+    (
+        "--condition_config dict(t2v=1)",
+        "condition_config needs a model that takes conditions: set --model.cond-embed True",
+    ),
+    ("--model.cond-embed True --condition_config dict(t2w=1)", "unknown condition 't2w'"),
+    ("--model.cond-embed True --condition_config dict(t2v=0)", "no condition a weight above 0"),
+    (
+        "--model.cond-embed True --condition_config dict(t2v=-1)",
+        "condition_config.t2v=-1.0 must be a weight of 0 or more",
+    ),
+    ("--dataset.data-path a.txt", "dataset.data_path='a.txt' is no table: a .csv or .parquet file"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), RULES)
+def test_broken_rules(load, overrides, complaint):
+    with pytest.raises(ValueError) as error:
+        validate(load(*overrides.split()), world_size=2)
+    assert complaint in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "--bucket_config {'256px_max':{1:(1,1)},'480p_ar16:9':{129:((0.5,0.5),1)}}",
+        "--model.cond-embed True --condition_config dict(t2v=1,v2v_head_easy=0.5)",
+        "--keep-n-latest none --ema-decay 0.999 --max-steps 0 --warmup-steps none --grad-clip 0",
+        "--dataset.data-path a.parquet",
+        "--plugin zero1 --plugin_config.reduce-bucket-size-in-m 20",
+        "--dtype fp32",
+    ],
+)
+def test_legal_settings(load, overrides):
+    validate(load(*overrides.split()), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "complaint"),
+    [
+        ("sp_size=2", 8, None),
+        ("sp_size=2,tp_size=2", 4, None),
+        ("sp_size=4,tp_size=2", 12, "sp_size=4 = 8 does not divide the job's 12 processes: start a multiple of 8"),
+        ("sp_size=4", 2, "= 4 does not divide the job's 2 processes"),
+        ("tp_size=8", 8, "plugin_config.tp_size=8 does not divide model.num_heads=4"),
+        (
+            "sp_size=8,sequence_parallelism_mode='all_to_all'",
+            8,
+            "plugin_config.sp_size=8 does not divide model.num_heads=4",
+        ),
+        ("sp_size=8,sequence_parallelism_mode='ring_attn'", 8, None),
+        ("sp_size=0", 8, "plugin_config.sp_size=0 must be at least 1"),
+    ],
+)
+def test_groups_divide_the_job(load, sizes, world_size, complaint):
+    cfg = load("--plugin", "hybrid", "--plugin_config", f"dict({sizes})")
+    if complaint is None:
+        return validate(cfg, world_size)
+    with pytest.raises(ValueError) as error:
+        validate(cfg, world_size)
+    assert complaint in one_line(error)
+
+
+def test_latents_fit_the_model_where_both_are_known(load):
+    hunyuan = "dict(type='hunyuan_vae', latent_channels=16)"
+    validate(load("--ae", hunyuan), 1)
+    with pytest.raises(
+        ValueError, match=r"model.in_channels=64 does not fit ae: 16 latent channels \* patch_size 1² = 16"
+    ):
+        validate(load("--ae", hunyuan, "--model.patch-size", "1"), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            "--plugin hybrid",
+            "plugin='hybrid': tensor and sequence parallelism are not available in this version: set --plugin zero2",
+        ),
+        ("--async-io True", "async_io=True is not available in this version: set --async-io False"),
+        ("--lora-config dict(r=8)", "lora_config={'r': 8} is not available in this version"),
+        ("--dataset.memory-efficient True", "dataset.memory_efficient=True is not available in this version"),
+        ("--grad-ckpt-buffer-size 1", "grad_ckpt_buffer_size=1 is not available in this version"),
+        (
+            "--clip.shardformer True",
+            "clip.shardformer=True is not available in this version: set --clip.shardformer False",
+        ),
+        ("--dtype fp16", "dtype='fp16' is not available for training in this version: set --dtype bf16 or fp32"),
+        ("--ae dict(type='autoencoder_2d')", "ae.type='autoencoder_2d' is not available in this version"),
+    ],
+)
+def test_what_later_versions_bring(load, overrides, complaint):
+    with pytest.raises(ValueError) as error:
+        require_available(load(*overrides.split()))
+    assert complaint in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("--dataset.data-path {folder}/none.csv", "none.csv' does not exist: make it with scripts/cnv/meta.py"),
+        (
+            "--ae.from-pretrained {folder}/none.safetensors",
+            "ae.from_pretrained='{folder}/none.safetensors' does not exist",
+        ),
+        ("--t5.from-pretrained ./none/t5", "t5.from_pretrained='./none/t5' does not exist: see ckpts/README.md"),
+        ("--t5.from-pretrained ckpts/none", "t5.from_pretrained='ckpts/none' does not exist"),
+        (
+            "--model.from_pretrained weights/none.safetensors",
+            "model.from_pretrained='weights/none.safetensors' does not",
+        ),
+    ],
+)
+def test_paths_that_do_not_exist(load, folder, monkeypatch, override, complaint):
+    (folder / "ckpts").mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileNotFoundError) as error:
+        check_paths(load(*override.format(folder=folder).split()))
+    assert complaint.format(folder=folder) in one_line(error)
+
+
+def test_names_of_the_hub_and_checkpoints_to_choose_from_are_no_paths(load, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for model in ("owner/repo/model.safetensors", "outputs/x/epoch*-global_step*"):
+        check_paths(load("--t5.from-pretrained", "google/t5-v1_1-xxl", "--model.from_pretrained", model))
+
+
+def test_text_encoders_are_as_wide_as_the_model_takes_them(load):
+    with pytest.raises(ValueError) as error:
+        check_paths(load("--model.context-in-dim", "48"))
+    assert "model.context_in_dim=48, but t5.from_pretrained=" in one_line(error)
+    assert "is 32 wide: set --model.context-in-dim 32" in one_line(error)
+    with pytest.raises(ValueError, match=r"model\.vec_in_dim=48, but clip"):
+        check_paths(load("--model.vec-in-dim", "48"))
