@@ -74,6 +74,7 @@ def one_line_errors() -> Iterator[None]:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not raised_in.is_relative_to(Path(__file__).parent):
             raise
+        sys.stdout.flush()
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,6 @@ from opensora.registry import nearest
 # ColossalAI's own Adams need a CUDA toolchain to compile at first use, and have no CPU kernel; torch's fused AdamW
 # computes the same update.
 FUSED_ADAMW_NAMES = ("HybridAdam", "CPUAdam", "FusedAdam")
-LEGACY_SETTINGS = ("adamw_mode",)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -33,8 +33,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The optimizer of `optim=dict(cls=..., lr=..., ...)` over the trained parameters."""
-    arguments = {key: value for key, value in settings.items() if key != "cls" and key not in LEGACY_SETTINGS}
     cls = optimizer_class(settings["cls"])
+    takes = inspect.signature(cls).parameters  # what else a config may hold is accepted and does nothing
+    arguments = {key: value for key, value in settings.items() if key in takes}
     if cls is torch.optim.AdamW:
         arguments.setdefault("fused", True)
     if settings["cls"] in FUSED_ADAMW_NAMES:

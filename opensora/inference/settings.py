@@ -1,0 +1,217 @@
+"""What can be set for sampling, and the rules among the settings."""
+
+# ruff: noqa: RUF009 (`setting` makes a dataclass field)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import opensora.inference.prompts
+import opensora.models  # noqa: F401  registers the components
+from opensora.data.aspect import resolution_sizes
+from opensora.diffusion.conditions import check_condition
+from opensora.inference.sampler import SamplerOptions
+from opensora.inference.size import Compression, SampleSize
+from opensora.models.text.embedder import text_width
+from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS
+from opensora.schema import ABSENT, setting
+from opensora.settings import (
+    ModelBuilding,
+    PluginSettings,
+    check_at_least,
+    check_dtype,
+    check_frames,
+    check_latents,
+    check_model,
+    check_plugin,
+    check_text_widths,
+    check_weights,
+    get,
+    planned,
+    raise_unavailable,
+)
+
+
+@dataclass(kw_only=True)
+class SamplingOption:
+    """Size and schedule of what is drawn (spec 10)."""
+
+    resolution: str | None = setting(None, "256px, 768px, ...: the pixel budget")
+    aspect_ratio: str | None = setting(None, "width:height, e.g. 16:9")
+    height: int | None = setting(None, "pixels, in place of resolution and aspect_ratio")
+    width: int | None = setting(None, "pixels, in place of resolution and aspect_ratio")
+    num_frames: int = setting(1, "4n + 1; 1 draws an image")
+    num_steps: int = setting(50, "Euler steps")
+    guidance: float = setting(4.0, "scale of the text's guidance; 1 is none")
+    guidance_img: float | None = setting(None, "scale of the reference's guidance; 1 is none")
+    text_osci: bool = setting(False, "no text guidance at every odd step from the 10th on")
+    image_osci: bool = setting(False, "no reference guidance at every odd step from the 10th on")
+    scale_temporal_osci: bool = setting(False, "let the reference's guidance rise along the video")
+    shift: bool = setting(True, "shift the schedule towards noise, by as much as the size asks for")
+    flow_shift: float | None = setting(None, "or by this much")
+    method: str = setting("i2v", "i2v guides with two or three velocities a step; distill tells the model the scale")
+    temporal_reduction: int = setting(ABSENT, legacy="the autoencoder itself says how many frames a latent frame has")
+    is_causal_vae: bool = setting(ABSENT, legacy="the autoencoder itself says whether it is causal")
+    seed: int | None = setting(None, "of the noise; None: seed")
+
+
+@dataclass(kw_only=True)
+class InferenceSettings:
+    """All settings of a sampling run."""
+
+    # ---- the parts
+    model: dict = setting(doc="the transformer", registry=MODELS, also=ModelBuilding)
+    ae: dict = setting(doc="the video autoencoder", registry=AUTOENCODERS)
+    t5: dict = setting(doc="encoder of the text's tokens", registry=TEXT_ENCODERS)
+    clip: dict = setting(doc="encoder of the text's vector", registry=TEXT_ENCODERS)
+    use_ema: bool = setting(False, "take the checkpoint's averaged weights")
+
+    # ---- what is drawn
+    prompt: str | list[str] | None = setting(None, "what to show")
+    ref: str | list[str] | None = setting(
+        None, "with cond_type: the image or video that is given; head and tail by a comma"
+    )
+    cond_type: str = setting("t2v", "what is given beside the text: t2v, i2v_head, i2v_tail, i2v_loop, v2v_...")
+    dataset: dict = setting({"type": "text"}, "prompts from a file: --dataset.data-path FILE", registry=DATASETS)
+    start_index: int = setting(0, "first row of the table")
+    end_index: int | None = setting(None, "row before which to stop")
+    num_sample: int = setting(1, "samples of each prompt")
+    batch_size: int = setting(1, "samples that are drawn together")
+    sampling_option: SamplingOption = setting(doc="size and schedule")
+    ae_spatial_compression: int = setting(
+        16, "frame sizes are multiples of it: the autoencoder's 8 times the patch's 2"
+    )
+    motion_score: str | int | float | None = setting(None, "appended to the prompt: how much moves, 1 to 7")
+    seed: int = setting(42, "of the first sample's noise")
+    refine_prompt: bool = setting(False, "let a language model rewrite the prompt (a later version)")
+
+    # ---- text to image to video
+    use_t2i2v: bool = setting(False, "draw the first frame with an image model (a later version)")
+    img_flux: dict | None = setting(None, "the image model", registry=MODELS, also=ModelBuilding)
+    img_flux_ae: dict | None = setting(None, "its autoencoder", registry=AUTOENCODERS)
+    img_resolution: str = setting("768px", "of that frame")
+
+    # ---- what it leaves
+    save_dir: str = setting("samples", "folder of the samples")
+    fps_save: int = setting(24, "frames a second of the videos")
+    crf: int = setting(18, "how hard videos are compressed: 0 keeps every pixel, 18 looks the same, 51 is the smallest")
+
+    # ---- precision, memory, devices
+    dtype: str = setting("bf16", "what the models compute in: bf16, fp16 or fp32")
+    offload: bool = setting(False, "keep models that wait in host memory")
+    dist_timeout: float = setting(1800.0, "seconds after which a rank that waits for the others gives up")
+    plugin: str | None = setting(None, "how ranks share a model: hybrid (a later version)")
+    plugin_config: PluginSettings = setting(doc="arguments of the plugin")
+    plugin_ae: str | None = setting(None, "how ranks share the autoencoder: hybrid (a later version)")
+    plugin_config_ae: PluginSettings = setting(doc="arguments of that plugin")
+
+    # Settings that stand for another one: giving either is the same.
+    aliases: ClassVar[dict[str, str]] = {
+        "ckpt_path": "model.from_pretrained",
+        **{
+            name: f"sampling_option.{name}"
+            for name in ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img")
+        },
+    }
+
+
+LEAST = {
+    "batch_size": 1,
+    "crf": 0,
+    "end_index": 0,
+    "fps_save": 1,
+    "num_sample": 1,
+    "sampling_option.flow_shift": 0,
+    "sampling_option.guidance": 0,
+    "sampling_option.guidance_img": 0,
+    "sampling_option.height": 1,
+    "sampling_option.num_frames": 1,
+    "sampling_option.num_steps": 1,
+    "sampling_option.seed": 0,
+    "sampling_option.width": 1,
+    "seed": 0,
+    "start_index": 0,
+}
+
+
+def validate(cfg: Mapping[str, Any], world_size: int) -> None:
+    """The rules among settings; touches no file and no device.
+
+    Args:
+        cfg: of `load_config(argv, InferenceSettings)`.
+        world_size: processes of the job.
+
+    Raises:
+        ValueError: the first rule that is broken: the setting, its value, what it must be.
+    """
+    check_at_least(cfg, LEAST)
+    check_dtype(cfg["dtype"])
+    check_model(cfg["model"])
+    check_latents(cfg["model"], cfg["ae"])
+    check_plugin(cfg, world_size)
+    check_plugin(cfg, world_size, "plugin_ae")
+    _check_size(cfg)
+    _check_prompts(cfg)
+    if cfg["use_t2i2v"]:
+        _check_image_model(cfg)
+
+
+def _check_size(cfg: Mapping[str, Any]) -> None:
+    option = cfg["sampling_option"]
+    SamplerOptions.from_config(option)
+    check_frames(option["num_frames"], cfg["ae"], "sampling_option.num_frames")
+    compression = Compression.of(AUTOENCODERS.get(cfg["ae"]["type"]))
+    SampleSize.from_config(option, compression, cfg["model"].get("patch_size", 2))
+
+
+def _check_prompts(cfg: Mapping[str, Any]) -> None:
+    if cfg["prompt"] is None and get(cfg, "dataset.data_path") is None:
+        raise ValueError('nothing to draw: give --prompt "TEXT", or --dataset.data-path FILE (csv or txt)')
+    check_condition(cfg["cond_type"], "cond_type")
+    if cfg["cond_type"] != "t2v" and not cfg["model"].get("cond_embed", False):
+        raise ValueError(
+            f"cond_type='{cfg['cond_type']}' needs a model that takes conditions: set --model.cond-embed True"
+        )
+    if cfg["cond_type"] != "t2v" and cfg["prompt"] is not None and cfg["ref"] is None and not cfg["use_t2i2v"]:
+        raise ValueError(f"cond_type='{cfg['cond_type']}' needs a reference: set --ref FILE, or --cond_type t2v")
+
+
+def _check_image_model(cfg: Mapping[str, Any]) -> None:
+    for section in ("img_flux", "img_flux_ae"):
+        if cfg[section] is None:
+            raise ValueError(f"use_t2i2v=True needs {section}: build on configs/diffusion/inference/plugins/t2i2v.py")
+    check_model(cfg["img_flux"], "img_flux")
+    check_latents(cfg["img_flux"], cfg["img_flux_ae"], "img_flux", "img_flux_ae")
+    resolution_sizes(cfg["img_resolution"], 16, training=False)
+
+
+def require_available(cfg: Mapping[str, Any]) -> None:
+    """ValueError that says which of the settings need what a later version brings, and what to do today."""
+    reasons = [
+        f"{where}='hybrid': tensor and sequence parallelism are not available in this version: set --{where} none"
+        for where in ("plugin", "plugin_ae")
+        if cfg[where] == "hybrid"
+    ]
+    for section, registry in (("model", MODELS), ("ae", AUTOENCODERS), ("t5", TEXT_ENCODERS), ("clip", TEXT_ENCODERS)):
+        reasons += planned(registry, cfg[section], section)
+        if cfg[section].get("shardformer"):
+            reasons.append(
+                f"{section}.shardformer=True is not available in this version: set --{section}.shardformer False"
+            )
+    if cfg["cond_type"].startswith("v2v"):
+        reasons.append(
+            f"cond_type='{cfg['cond_type']}' is not available for sampling in this version: "
+            "set t2v, i2v_head, i2v_tail or i2v_loop"
+        )
+    for name in ("use_t2i2v", "refine_prompt", "offload"):
+        if cfg[name]:
+            reasons.append(f"{name}=True is not available in this version: set --{name.replace('_', '-')} False")
+    raise_unavailable(reasons)
+
+
+def check_paths(cfg: Mapping[str, Any]) -> None:
+    """The files and folders that the config names exist (FileNotFoundError) and fit the model (ValueError)."""
+    check_weights(cfg, ("model", "ae", "t5", "clip"))
+    check_text_widths(cfg, text_width)
