@@ -1,0 +1,161 @@
+"""The order of one epoch: which micro-batches exist, which of them make up an update, which rows they hold.
+
+Pure functions of counts and keys. A *slot* is the place of one micro-batch; an update has `group` slots (data-parallel
+size x accumulation steps), slot `micro_step * data_parallel_size + rank` of an update going to that rank.
+
+Why updates are planned as they are: all ranks wait for the slowest, so the slots of an update should cost the same. So
+micro-batches are sorted by cost and cut into updates, and the updates are shuffled. And as updates are planned for
+`group` slots, one rank with two accumulation steps trains on exactly the updates of two ranks with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opensora.data.bucket import Bucket
+from opensora.data.random_draws import Purpose, hash_key
+
+# Latent frames, height and width per token, and text tokens: of the model family that the project trains. They only
+# weigh buckets against each other.
+_TOKEN_FRAMES, _TOKEN_PIXELS, _TEXT_TOKENS = 4, 16, 512
+# Tokens at which attention costs as much as the rest. Per token and layer of width h with an MLP of 4 h, attention
+# takes 4 * tokens * h floating-point operations and the linear layers 24 * h**2: equal at 6 h, and h is 3072.
+_ATTENTION_TOKENS = 6 * 3072
+
+
+def micro_batch_cost(bucket: Bucket) -> int:
+    """Relative cost of a micro-batch: batch * tokens * (1 + tokens / k), scaled to an integer."""
+    frames = (bucket.num_frames - 1) // _TOKEN_FRAMES + 1
+    tokens = _TEXT_TOKENS + frames * (bucket.height // _TOKEN_PIXELS) * (bucket.width // _TOKEN_PIXELS)
+    return bucket.batch_size * tokens * (_ATTENTION_TOKENS + tokens)
+
+
+@dataclass(frozen=True)
+class BucketOrder:
+    """The rows of every bucket in the order of an epoch. It depends on the seed, the epoch and which rows are in the
+    bucket, never on batch sizes or the number of ranks.
+
+    Attributes:
+        rows: [N] row numbers, bucket after bucket.
+        starts: [num_buckets + 1] where in `rows` each bucket begins.
+    """
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows of each bucket: [num_buckets]."""
+        return np.diff(self.starts)
+
+    def slice(self, bucket: int, start: int, count: int) -> NDArray[np.int64]:
+        first = self.starts[bucket] + start
+        return self.rows[first : first + count]
+
+    def members(self, bucket: int) -> NDArray[np.int64]:
+        return self.rows[self.starts[bucket] : self.starts[bucket + 1]]
+
+
+def order_rows(ids: NDArray[np.int16], num_buckets: int, seed: int, epoch: int) -> BucketOrder:
+    """Shuffle the rows of each bucket. `ids`: [N] bucket of each row, -1 for none."""
+    rows = np.flatnonzero(ids >= 0)
+    rows = rows[np.argsort(hash_key(Purpose.ROW_ORDER, seed, epoch, rows))]
+    ids = ids[rows]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=num_buckets))])
+    return BucketOrder(rows[np.argsort(ids, kind="stable")], starts)
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """The updates of an epoch, or of what is left of it.
+
+    Attributes:
+        bucket: [updates * group] bucket of each slot.
+        start: [updates * group] where in its bucket's order the slot's micro-batch begins.
+        group: slots per update.
+        distinct: slots that hold a micro-batch of their own; the slots after that repeat the first ones.
+        left_out: micro-batches that fill no update.
+    """
+
+    bucket: NDArray[np.int64]
+    start: NDArray[np.int64]
+    group: int
+    distinct: int
+    left_out: int
+
+    @property
+    def updates(self) -> int:
+        return len(self.bucket) // self.group
+
+    def consumed(self, updates: int, batch_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples of each bucket in the first `updates` updates: [num_buckets]."""
+        slots = self.bucket[: min(updates * self.group, self.distinct)]
+        return np.bincount(slots, minlength=len(batch_sizes)) * batch_sizes
+
+
+def plan_updates(
+    sizes: NDArray[np.int64],
+    origin: NDArray[np.int64],
+    batch_sizes: NDArray[np.int64],
+    costs: Sequence[int],
+    group: int,
+    key: tuple[int, int],
+) -> UpdatePlan:
+    """Plan the updates of an epoch from where its buckets stand.
+
+    Args:
+        sizes, origin, batch_sizes: [num_buckets] rows, rows consumed already and rows per micro-batch.
+        costs: of a micro-batch of each bucket.
+        group: micro-batches per update.
+        key: (seed, epoch) of the shuffles.
+
+    Returns:
+        The plan. Micro-batches of a bucket are handed out in the order of the plan, so what has been consumed is
+        always the beginning of the bucket's order. Which micro-batches are left over, if they don't fill an update,
+        is random. A whole epoch with fewer micro-batches than `group` is repeated to fill one update.
+    """
+    counts = micro_batch_counts(sizes, origin, batch_sizes)
+    bucket = np.repeat(np.arange(len(counts)), counts)  # [total]
+    total = len(bucket)
+    bucket = bucket[np.argsort(hash_key(Purpose.MICRO_BATCH_ORDER, *key, np.arange(total)))]
+    updates = num_updates(total, group, whole_epoch=not origin.any())
+    bucket = bucket[: updates * group]
+    distinct = len(bucket)
+    if 0 < distinct < updates * group:
+        bucket = np.resize(bucket, group)  # repeats cyclically
+    else:
+        by_cost = np.argsort(_ranks(costs)[bucket], kind="stable")
+        shuffled = np.argsort(hash_key(Purpose.UPDATE_ORDER, *key, np.arange(updates)))
+        bucket = bucket[by_cost].reshape(updates, group)[shuffled].reshape(-1)
+    nth = _occurrence(bucket[:distinct])  # the how-manieth micro-batch of its bucket a slot holds
+    start = (origin[bucket[:distinct]] + nth * batch_sizes[bucket[:distinct]]).astype(np.int64)
+    return UpdatePlan(bucket, np.resize(start, len(bucket)), group, distinct, max(total - updates * group, 0))
+
+
+def micro_batch_counts(sizes: NDArray, origin: NDArray, batch_sizes: NDArray) -> NDArray[np.int64]:
+    """Full micro-batches that are left in each bucket: [num_buckets]."""
+    return np.maximum(sizes - origin, 0) // batch_sizes
+
+
+def num_updates(micro_batches: int, group: int, whole_epoch: bool) -> int:
+    """Updates that micro-batches make up: a whole epoch has at least one, if it has any micro-batch at all."""
+    return max(micro_batches // group, int(whole_epoch and micro_batches > 0))
+
+
+def _ranks(costs: Sequence[int]) -> NDArray[np.int64]:
+    """Position of each cost among the distinct costs: equal costs keep equal ranks, so that they stay mixed."""
+    return np.unique(np.asarray(costs), return_inverse=True)[1].reshape(-1)
+
+
+def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each element, how many equal elements are before it: [2, 5, 2, 2] -> [0, 0, 1, 2]."""
+    order = np.argsort(values, kind="stable")
+    in_order = values[order]
+    first = np.searchsorted(in_order, in_order, side="left")
+    occurrence = np.empty(len(values), dtype=np.int64)
+    occurrence[order] = np.arange(len(values)) - first
+    return occurrence

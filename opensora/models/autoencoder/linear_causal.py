@@ -1,0 +1,144 @@
+"""A linear, causal video autoencoder: principal components of blocks of pixels, fitted in seconds on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from opensora.registry import AUTOENCODERS
+
+SPATIAL = 8
+TEMPORAL = 4
+BLOCK = "b c (t f) (h y) (w x) -> b t h w (c f y x)"  # a row of pixels for each block of f frames, y rows, x columns
+SPREAD = 0.5  # exponent of a component's standard deviation in its latents'
+
+
+class BlockCodec(nn.Module):
+    """Blocks of `frames` x 8 x 8 pixels <-> latents, by orthonormal components around an origin.
+
+    A latent is its component's coordinate divided by `scale`. With unit variance for each channel (`scale` the standard
+    deviation) the weak components, mostly residue of the video codec, would weigh as much in the velocity's error as those that
+    carry colour and place; left as they are they hold the shape's outline, but at a tenth of the noise. `fit` goes half way: a
+    latent's standard deviation is proportional to the root of its component's, with a mean square of 1 over the channels.
+    """
+
+    def __init__(self, in_channels: int, frames: int, latent_channels: int):
+        super().__init__()
+        self.frames = frames
+        pixels = in_channels * frames * SPATIAL**2
+        self.register_buffer("origin", torch.zeros(pixels))
+        self.register_buffer("components", torch.zeros(latent_channels, pixels))
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    def encode(self, video: Tensor) -> Tensor:
+        blocks = rearrange(video, BLOCK, f=self.frames, y=SPATIAL, x=SPATIAL)  # [B, t, h, w, pixels]
+        latents = (blocks - self.origin) @ self.components.T / self.scale  # [B, t, h, w, C]
+        return latents.movedim(-1, 1)  # [B, C, t, h, w]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        blocks = (latents.movedim(1, -1) * self.scale) @ self.components + self.origin  # [B, t, h, w, pixels]
+        back = " -> ".join(reversed(BLOCK.split(" -> ")))
+        return rearrange(blocks, back, f=self.frames, y=SPATIAL, x=SPATIAL)  # [B, c, T, H, W]
+
+    def fit(self, videos: Sequence[Tensor]) -> None:
+        """Principal components about the most common block: the background, which so becomes the latent 0."""
+        rows = [rearrange(v, BLOCK, f=self.frames, y=SPATIAL, x=SPATIAL).flatten(0, 3) for v in videos]
+        blocks = torch.cat(rows).double()  # [N, pixels]
+        origin = blocks.median(0).values
+        eigenvalues, vectors = torch.linalg.eigh((blocks - origin).T @ (blocks - origin) / len(blocks))  # ascending
+        channels = len(self.scale)
+        components = vectors[:, -channels:].flip(1).T  # [C, pixels], the strongest first
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        deviation = eigenvalues[-channels:].flip(0).clamp_min(1e-12).sqrt()
+        relative = deviation**SPREAD
+        self.origin.copy_(origin)
+        self.components.copy_(components * largest.sign())  # the sign of an eigenvector is arbitrary
+        self.scale.copy_(deviation / relative * relative.square().mean().sqrt())
+
+
+@AUTOENCODERS.register("linear_causal")
+class LinearCausal(nn.Module):
+    """4 x 8 x 8 compression; a video's first frame is coded alone, then four at a time, each from its own pixels only.
+
+    Deterministic, and so cheap that it makes small experiments possible on a CPU: the shapes demo trains with it. `fit` it to
+    clips and `save`.
+
+    Args:
+        from_pretrained: file written by `save` (safetensors), loaded strictly; None leaves it to be fitted.
+        in_channels: of the pixels. latent_channels: of the latents.
+    """
+
+    temporal_compression = TEMPORAL
+    spatial_compression = SPATIAL
+    is_causal = True
+
+    def __init__(self, from_pretrained: str | None = None, in_channels: int = 3, latent_channels: int = 16):
+        super().__init__()
+        self.in_channels = in_channels
+        self.latent_channels = latent_channels
+        self.first = BlockCodec(in_channels, 1, latent_channels)
+        self.rest = BlockCodec(in_channels, TEMPORAL, latent_channels)
+        if from_pretrained is not None:
+            self._load(from_pretrained)
+
+    def encode(self, video: Tensor, noise: Callable[[torch.Size], Tensor] | None = None) -> Tensor:
+        """Pixels [B, c, T, H, W] in [-1, 1] -> latents [B, C, (T-1)/4+1, H/8, W/8] of about unit variance.
+
+        `noise` is not used: there is no posterior to draw from.
+
+        Raises:
+            ValueError: T is not 4n + 1, or H or W no multiple of 8.
+        """
+        self.latent_size(tuple(video.shape[2:]))
+        latents = self.first.encode(video[:, :, :1])
+        if video.shape[2] == 1:
+            return latents
+        return torch.cat([latents, self.rest.encode(video[:, :, 1:])], dim=2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, t, h, w] -> pixels [B, c, 4(t-1)+1, 8h, 8w], about [-1, 1], not clamped."""
+        frames = self.first.decode(latents[:, :, :1])
+        if latents.shape[2] == 1:
+            return frames
+        return torch.cat([frames, self.rest.decode(latents[:, :, 1:])], dim=2)
+
+    def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(frames, height, width) of a video -> those of its latents."""
+        frames, height, width = size
+        if (frames - 1) % TEMPORAL or height % SPATIAL or width % SPATIAL:
+            raise ValueError(
+                f"a video of {frames} x {height} x {width} (frames, height, width) does not fit the autoencoder: give "
+                f"{TEMPORAL}n + 1 frames and multiples of {SPATIAL} pixels"
+            )
+        return (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL
+
+    @torch.no_grad()
+    def fit(self, videos: Sequence[Tensor]) -> None:
+        """Fit to clips [B, c, T, H, W] in [-1, 1]; T may differ among them, and some must have more than one frame."""
+        self.first.fit([video[:, :, :1] for video in videos])
+        self.rest.fit([video[:, :, 1:] for video in videos if video.shape[2] > 1])
+
+    def save(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+
+    def _load(self, path: str) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"ae.from_pretrained='{path}' does not exist: make it with scripts/demo/make_shapes.py"
+            )
+        try:
+            self.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            first_line, *more = str(error).splitlines()
+            reason = (more or [first_line])[0].strip()
+            raise ValueError(
+                f"ae.from_pretrained='{path}' is no linear autoencoder of {self.in_channels} channels of pixels and "
+                f"{self.latent_channels} of latents ({reason}): make it anew, or set ae.latent_channels"
+            ) from error

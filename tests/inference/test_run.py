@@ -1,0 +1,177 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from PIL import Image
+
+from opensora.inference import run
+from opensora.inference.pipeline import Pipeline
+from opensora.inference.size import SampleSize
+
+
+@dataclass
+class Place:
+    """What a rank needs to know, without a job of several processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    device = torch.device("cpu")
+
+    def on_main(self, work):
+        return work()
+
+
+def config(tmp_path, **settings):
+    option = {"height": 32, "width": 48, "num_frames": 9, "num_steps": 3, "guidance": 3.0, "seed": None}
+    return ConfigDict(
+        {
+            "save_dir": str(tmp_path / "samples"),
+            "prompt": None,
+            "neg": "",
+            "ref": None,
+            "cond_type": "t2v",
+            "dataset": {"type": "text"},
+            "start_index": None,
+            "end_index": None,
+            "num_sample": 1,
+            "batch_size": 1,
+            "motion_score": None,
+            "fps_save": 8,
+            "crf": 17,
+            "seed": 42,
+            "use_ema": False,
+            "model": {"type": "flux", "cond_embed": True},
+            "ae": {"type": "linear_causal"},
+            **settings,
+            "sampling_option": {**option, **settings.get("sampling_option", {})},
+        }
+    )
+
+
+@pytest.fixture
+def sample(toy_pipeline, monkeypatch):
+    """sample(cfg, rank=..., world_size=...) with a pipeline of stand-ins -> {path under save_dir: content}."""
+    monkeypatch.setattr(Pipeline, "from_config", classmethod(lambda *_: toy_pipeline()))
+
+    def sample(cfg, **place):
+        run.sample_all(cfg, Place(**place))
+        files = [path for path in Path(cfg.save_dir).rglob("*") if path.is_file()]
+        return {str(path.relative_to(cfg.save_dir)): path.read_bytes() for path in sorted(files)}
+
+    return sample
+
+
+def prompt_list(tmp_path, count):
+    path = tmp_path / "list.csv"
+    path.write_text("text\n" + "".join(f'"prompt, {i}"\n' for i in range(count)))
+    return {"type": "text", "data_path": str(path)}
+
+
+def test_files_of_one_prompt(sample, tmp_path):
+    files = sample(config(tmp_path, prompt="raining, sea"))
+    assert list(files) == ["video_48x32/prompt_0000.mp4", "video_48x32/prompt_0000.txt"]
+    assert files["video_48x32/prompt_0000.txt"] == b"raining, sea\n"
+
+
+def test_names_follow_resolution_csv_and_sample_number(sample, tmp_path):
+    option = {"height": None, "width": None, "resolution": "64px", "aspect_ratio": "1:1"}
+    cfg = config(tmp_path, dataset=prompt_list(tmp_path, 2), num_sample=2, sampling_option=option)
+    stems = ["list_0000_0", "list_0000_1", "list_0001_0", "list_0001_1"]
+    assert [name for name in sample(cfg) if name.endswith("mp4")] == [f"video_64px/{stem}.mp4" for stem in stems]
+
+
+def test_result_depends_neither_on_batch_size_nor_on_ranks_nor_on_the_part_of_the_list(sample, tmp_path):
+    def cfg(name, **settings):
+        data = prompt_list(tmp_path, 3)
+        return config(tmp_path, dataset=data, num_sample=2, save_dir=str(tmp_path / name), **settings)
+
+    one = sample(cfg("one"))
+    assert len(one) == 12
+    assert sample(cfg("batch", batch_size=4)) == one
+    ranks = [sample(cfg(f"rank{rank}"), rank=rank, world_size=2) for rank in range(2)]
+    assert ranks[0] | ranks[1] == one and len(ranks[0]) == len(ranks[1]) == 6
+    part = sample(cfg("part", start_index=1, end_index=2))
+    assert part == {name: content for name, content in one.items() if "list_0001" in name}
+
+
+def test_ranks_share_the_list(sample, tmp_path):
+    cfg = config(tmp_path, dataset=prompt_list(tmp_path, 5))
+    assert [name[-8:] for name in sample(cfg, rank=1, world_size=2) if name.endswith("mp4")] == ["0001.mp4", "0003.mp4"]
+
+
+def test_what_is_there_is_skipped(sample, tmp_path):
+    cfg = config(tmp_path, dataset=prompt_list(tmp_path, 2))
+    first = tmp_path / "samples" / "video_48x32" / "list_0000.mp4"
+    first.parent.mkdir(parents=True)
+    first.write_bytes(b"mine")
+    files = sample(cfg)
+    assert files["video_48x32/list_0000.mp4"] == b"mine" and len(files["video_48x32/list_0001.mp4"]) > 100
+    stamp = (first.parent / "list_0001.mp4").stat().st_mtime_ns
+    sample(cfg)
+    assert (first.parent / "list_0001.mp4").stat().st_mtime_ns == stamp
+
+
+def test_seeds(tmp_path):
+    def seed(**settings):
+        cfg = config(tmp_path, prompt="a", **settings)
+        (job,) = run.make_plan(cfg).jobs
+        return run.to_request(job, cfg, SampleSize(9, 32, 48, "toy")).seed
+
+    assert seed(seed=0) == seed(seed=0) != seed(seed=1)
+    assert seed(seed=5, sampling_option={"seed": 0}) == seed(seed=0)  # seed 0 is a seed, not "any"
+
+
+def test_videos_are_told_rate_and_motion_images_are_not():
+    video, image = SampleSize(9, 32, 48, "toy"), SampleSize(1, 32, 48, "toy")
+    assert run.model_text("a cat", video, 24, "4") == "a cat. 24 FPS. 4 motion score."
+    assert run.model_text("a cat", video, 24, None) == "a cat. 24 FPS."
+    assert run.model_text("a cat", image, 24, "4") == "a cat"
+
+
+def test_prompts_without_reference_are_text_to_video(tmp_path):
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+    (tmp_path / "p.csv").write_text("text,ref\na,a.png\nb,\n")
+    cfg = config(tmp_path, cond_type="i2v_head", dataset={"type": "text", "data_path": str(tmp_path / "p.csv")})
+    plan = run.make_plan(cfg)
+    requests = [run.to_request(job, cfg, plan.size) for job in plan.jobs]
+    assert [request.condition for request in requests] == ["i2v_head", "t2v"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "there is no prompt"),
+        ({"prompt": []}, "no prompt to sample: .* of a list of 0"),
+        ({"prompt": "a", "start_index": 3}, "start_index=3, .* of a list of 1"),
+        ({"prompt": "a", "ref": "x.png"}, "add --cond_type i2v_head"),
+        ({"prompt": "a", "cond_type": "i2v_head"}, "needs a reference"),
+        ({"prompt": "a", "cond_type": "i2v_head", "ref": "none.png"}, "ref none.png"),
+        ({"prompt": "a", "cond_type": "i2v_head", "ref": "broken.png"}, "ref broken.png"),
+        ({"prompt": "a", "cond_type": "v2v_head", "ref": "grey.png"}, "does not fit num_frames=9: give 33 or more"),
+        (
+            {"prompt": "a", "cond_type": "v2v_head", "ref": "grey.png", "sampling_option": {"num_frames": 37}},
+            "'grey.png' has 1 frames, cond_type='v2v_head' takes 33",
+        ),
+        (
+            {"prompt": "a", "cond_type": "i2v_head", "ref": "grey.png", "sampling_option": {"num_frames": 1}},
+            "num_frames=1",
+        ),
+        ({"prompt": "a", "cond_type": "i2v_head", "ref": "grey.png", "model": {"type": "flux"}}, "cond_embed=True"),
+        ({"prompt": "a", "sampling_option": {"num_frames": 8}}, "num_frames=8 does not fit"),
+        ({"prompt": "a", "use_ema": True}, "use_ema=True needs a checkpoint"),
+        (
+            {"prompt": "a", "model": {"type": "flux", "from_pretrained": "outputs/x/epoch*"}},
+            r"outputs/x/epoch\*: no such",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_before_models_load(tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32)).save("grey.png")
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    monkeypatch.setattr(Pipeline, "from_config", lambda *_: pytest.fail("models were loaded"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run.sample_all(config(tmp_path, **settings), Place())
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""inference.py as a user runs it, with the demo's encoders and a model that has not learned anything."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+from opensora.config import load_config
+from opensora.inference.pipeline import Pipeline
+from opensora.inference.run import make_plan
+from opensora.inference.settings import InferenceSettings
+from opensora.models.weights import build_model, plan_shards, save_shard, write_index
+
+MODEL = {
+    "type": "flux",
+    "from_pretrained": None,
+    "guidance_embed": False,
+    "fused_qkv": False,
+    "use_liger_rope": True,
+    "in_channels": 64,
+    "vec_in_dim": 64,
+    "context_in_dim": 64,
+    "hidden_size": 48,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [8, 8, 8],
+    "theta": 10_000,
+    "qkv_bias": True,
+    "cond_embed": True,
+}
+CONFIG = f"""
+dtype = "fp32"
+fps_save = 8
+batch_size = 2
+sampling_option = dict(resolution="64px", aspect_ratio="1:1", num_frames=9, num_steps=3, guidance=3.0)
+model = {MODEL}
+ae = dict(type="linear_causal", from_pretrained="./ckpts/shapes/ae.safetensors")
+t5 = dict(type="text_embedder", from_pretrained="./ckpts/shapes/t5", max_length=32)
+clip = dict(type="text_embedder", from_pretrained="./ckpts/shapes/clip", max_length=32)
+"""
+SCRIPT = "scripts/diffusion/inference.py"
+
+
+@pytest.fixture(scope="module")
+def sample(shapes):
+    """sample(*arguments, **how) -> the finished process; `how` as ShapesWorld.run has it."""
+    (shapes.root / "sampling.py").write_text(CONFIG)
+    return lambda *arguments, **how: shapes.run(SCRIPT, "sampling.py", *arguments, **how)
+
+
+def read_video(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+
+
+def test_two_ranks_sample_a_list_from_first_frames(shapes, sample):
+    video = read_video(shapes.root / "datasets/shapes/00004.mp4")
+    Image.fromarray(video[0].astype(np.uint8)).save(shapes.root / "first.png")
+    (shapes.root / "list.csv").write_text("text,ref,name\na red circle,first.png,one\na blue square,first.png,two\n")
+    sample("--dataset.data-path", "list.csv", "--cond_type", "i2v_head", "--save-dir", "i2v", ranks=2)
+    folder = shapes.root / "i2v/video_64px"
+    assert sorted(path.name for path in folder.iterdir()) == ["one.mp4", "one.txt", "two.mp4", "two.txt"]
+    for name in ("one", "two"):
+        sampled = read_video(folder / f"{name}.mp4")
+        assert sampled.shape == (9, 64, 64, 3)
+        assert np.abs(sampled[0] - video[0]).mean() < 8 < np.abs(sampled[5] - video[5]).mean()
+
+
+def test_averaged_weights_are_taken_if_asked_for(shapes, sample, monkeypatch):
+    monkeypatch.chdir(shapes.root)
+    torch.manual_seed(0)
+    weights = build_model(MODEL, torch.float32, "cpu").state_dict()
+    checkpoint = Path("outputs/averaged/epoch0-global_step1")
+    (checkpoint / "model").mkdir(parents=True)
+    shards = plan_shards(weights)
+    for name, keys in shards:
+        save_shard(checkpoint / "model" / name, {key: weights[key] for key in keys})
+    write_index(checkpoint / "model", weights, shards)
+    averages = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    dcp.save(averages, checkpoint_id=checkpoint / "ema")
+    (checkpoint / "running_states.json").write_text("{}")
+
+    for use_ema, expected in ((False, weights), (True, averages)):
+        arguments = ["--prompt", "a", "--model.from_pretrained", "outputs/averaged", "--use-ema", str(use_ema)]
+        cfg = load_config(["sampling.py", *arguments], InferenceSettings)
+        plan = make_plan(cfg)
+        pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, torch.device("cpu"))
+        for name, parameter in pipeline.sampler.model.named_parameters():
+            assert torch.equal(parameter, expected[name])
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(sample):
+    failed = sample("--prompt", "a", "--cond_type", "i2v_head", "--ref", "none.png", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: ref none.png: file not found"
