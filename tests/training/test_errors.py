@@ -23,7 +23,7 @@ def train_main(shapes, monkeypatch):
     """train.py's main in this process, at the user's place: for mistakes that are found before a group is made."""
     import importlib.util
 
-    from conftest import REPOSITORY
+    from shapes_world import REPOSITORY
 
     monkeypatch.chdir(shapes.root)
     spec = importlib.util.spec_from_file_location("train_script", REPOSITORY / "scripts/diffusion/train.py")
