@@ -96,7 +96,7 @@ def open_video(path: Path, header_only: bool = False) -> Iterator[tuple[InputCon
     av.logging.set_level(None)
     options = {"skip_frame": "all"} if header_only else {}
     try:
-        # "file:": a colon in the name is no protocol. Metadata is not read: its encoding must not matter.
+        # "file:": a colon in the name is no protocol. The encoding of titles and the like must not matter.
         with av.open(f"file:{path}", metadata_errors="ignore", options=options) as container:
             stream = _video_stream(path, container)
             stream.thread_count = 1
@@ -106,6 +106,8 @@ def open_video(path: Path, header_only: bool = False) -> Iterator[tuple[InputCon
             yield container, stream
     except av.error.FFmpegError as error:
         raise MediaError(path, _reason(path, error)) from None
+    except IndexError:  # PyAV's, for a stream that was not there on opening (broken broadcast files)
+        raise MediaError(path, "damaged: a stream begins in the middle of the file") from None
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -120,8 +122,6 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 
 def _reason(path: Path, error: av.error.FFmpegError) -> str:
-    if isinstance(error, av.error.PermissionError):
-        return "cannot be read: permission denied"
     if is_cut(path):
         return "truncated: the file is shorter than it says it is"
     opening = error.filename is not None and str(path) in str(error.filename)

@@ -86,7 +86,7 @@ def locate_weights(cfg) -> Path | None:
 
 def read_prompts(cfg) -> list[Prompt]:
     """The prompts of `prompt`, else of `dataset.data_path`, cut to rows [start_index, end_index)."""
-    negative = cfg.get("neg", "")
+    negative = cfg.neg
     if cfg.prompt is not None:
         prompts = prompts_from_texts(cfg.prompt, cfg.ref, negative)
     else:

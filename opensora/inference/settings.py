@@ -71,8 +71,9 @@ class InferenceSettings:
     # ---- what is drawn
     prompt: str | list[str] | None = setting(None, "what to show")
     ref: str | list[str] | None = setting(
-        None, "with cond_type: the image or video that is given; head and tail by a comma"
+        None, "with cond_type: the image or video that is given; head and tail as 'a.png;b.png'"
     )
+    neg: str = setting("", "what not to show, for rows without a negative prompt of their own")
     cond_type: str = setting("t2v", "what is given beside the text: t2v, i2v_head, i2v_tail, i2v_loop, v2v_...")
     dataset: dict = setting({"type": "text"}, "prompts from a file: --dataset.data-path FILE", registry=DATASETS)
     start_index: int = setting(0, "first row of the table")
@@ -95,7 +96,7 @@ class InferenceSettings:
 
     # ---- what it leaves
     save_dir: str = setting("samples", "folder of the samples")
-    fps_save: int = setting(24, "frames a second of the videos")
+    fps_save: int | float = setting(24, "frames a second of the videos")
     crf: int = setting(18, "how hard videos are compressed: 0 keeps every pixel, 18 looks the same, 51 is the smallest")
 
     # ---- precision, memory, devices
@@ -200,11 +201,6 @@ def require_available(cfg: Mapping[str, Any]) -> None:
             reasons.append(
                 f"{section}.shardformer=True is not available in this version: set --{section}.shardformer False"
             )
-    if cfg["cond_type"].startswith("v2v"):
-        reasons.append(
-            f"cond_type='{cfg['cond_type']}' is not available for sampling in this version: "
-            "set t2v, i2v_head, i2v_tail or i2v_loop"
-        )
     for name in ("use_t2i2v", "refine_prompt", "offload"):
         if cfg[name]:
             reasons.append(f"{name}=True is not available in this version: set --{name.replace('_', '-')} False")

@@ -1,8 +1,8 @@
 """What a clip shows, measured from its pixels: the colour, the shape and the direction of motion of its one object.
 
-Classical image processing, so that the figures of the demo rest on no other network: the object is what differs from the
-background, its colour is the nearest hue, its direction the slope of its centroid, and its shape the best of
-many templates against the average of all frames with the motion taken out.
+Classical image processing, so that the figures of the demo rest on no other network: the object is what differs from
+the background, its colour is the nearest hue, its direction the slope of its centroid, and its shape the best of many
+templates against the average of all frames with the motion taken out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def cut_out(image: np.ndarray, centre: np.ndarray, half: int) -> np.ndarray:
 
 @lru_cache
 def templates(half: int, size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Masks of each shape at many sizes and small offsets, smoothed like the frames: names, [N, (2 half)^2], energies."""
+    """Each shape at many sizes and small offsets, smoothed like the frames: names, masks [N, (2 half)²], energies [N]."""
     radii = size * np.linspace(0.1, 0.3, 21)
     offsets = [(x, y) for x in (-1.5, 0, 1.5) for y in (-1.5, 0, 1.5)]
     cases = [(shape, radius, offset) for shape in SHAPES for radius in radii for offset in offsets]

@@ -3,8 +3,9 @@
     python scripts/demo/score.py samples/shapes [--train-metrics outputs/shapes/metrics.jsonl]
     python scripts/demo/score.py datasets/shapes.csv
 
-Given a folder: every clip below it that has its prompt beside it (.txt, as inference.py writes) is scored, and the folder gets
-score.json, prompts.csv, contact_sheet.png and, with --train-metrics, loss.png. Given a table (path, text): its files are scored.
+Given a folder: every clip below it that has its prompt beside it (.txt, as inference.py writes) is scored, and the
+folder gets score.json, prompts.csv, contact_sheet.png and, with --train-metrics, loss.png. Given a table (path, text):
+its files are scored.
 """
 
 from __future__ import annotations

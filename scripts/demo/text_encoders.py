@@ -1,8 +1,8 @@
 """Make the demo's two text encoders: folders in the layout of the Hugging Face hub, with tokenizers of their own.
 
-They are T5 and CLIP as transformers defines them, a few thousand times smaller, with random weights of a fixed seed. That is
-enough for the demo: what a frozen encoder must give is a distinct and stable embedding of each prompt, and the
-diffusion model learns what the words mean.
+They are T5 and CLIP as transformers defines them, a few thousand times smaller, with random weights of a fixed seed.
+That is enough for the demo: what a frozen encoder must give is a distinct and stable embedding of each prompt, and
+the diffusion model learns what the words mean.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_t5_tokenizer(folder: Path) -> int:
 
     pieces = ["▁" + word for word in words()] + [*string.punctuation]
     spelling = ["▁", *string.ascii_letters, *string.digits]
-    scores = {piece: 0.0 for piece in T5_SPECIAL} | {p: -10.0 for p in spelling} | {p: -1.0 for p in pieces}
+    scores = dict.fromkeys(T5_SPECIAL, 0.0) | dict.fromkeys(spelling, -10.0) | dict.fromkeys(pieces, -1.0)
     tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=2, byte_fallback=False))
     metaspace = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,7 +112,7 @@ def make_clip(folder: Path, seed: int = 1) -> None:
 
 
 def write_clip_tokenizer(folder: Path) -> int:
-    """A lower-casing byte-level BPE tokenizer as CLIP's, trained until the known words are one token. Returns its size."""
+    """A lower-casing byte-level BPE tokenizer as CLIP's, with known words as one token each. Returns its size."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     start, end = CLIP_SPECIAL

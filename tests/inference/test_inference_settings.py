@@ -92,7 +92,6 @@ def test_broken_rules(load, overrides, complaint):
     ("overrides", "complaint"),
     [
         ("--plugin hybrid", "plugin='hybrid': tensor and sequence parallelism are not available in this version"),
-        ("--cond_type v2v_head --ref a.mp4", "cond_type='v2v_head' is not available for sampling in this version"),
         ("--offload True", "offload=True is not available in this version: set --offload False"),
         ("--refine-prompt True", "refine_prompt=True is not available in this version"),
         ("--t5.shardformer True", "t5.shardformer=True is not available in this version"),

@@ -69,14 +69,12 @@ class Conversion(NamedTuple):
         return list(dict.fromkeys(piece.source for piece in self.pieces[name]))
 
     def _part(self, piece: Piece, tensor: Tensor) -> Tensor:
-        rows = tensor[piece.start : piece.stop]
+        rows = tensor if (piece.start, piece.stop) == (0, None) else tensor[piece.start : piece.stop]
         if not piece.rotated or self.source.interleaved == self.target.interleaved:
             return rows
         planes = (-1, 2) if self.source.interleaved else (2, -1)
-        heads = rows.reshape(-1, self.head_dim, *rows.shape[1:]).unflatten(
-            1, planes
-        )  # [H, D/2, 2, ..] or [H, 2, D/2, ..]
-        return heads.transpose(1, 2).reshape(rows.shape)
+        heads = rows.unflatten(0, (-1, self.head_dim))  # [H, D, ...]
+        return heads.unflatten(1, planes).transpose(1, 2).reshape(rows.shape)  # planes [D/2, 2] <-> [2, D/2]
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
@@ -98,9 +96,7 @@ def plan_conversion(shapes: Mapping[str, tuple[int, ...]], source: Layout, targe
         split.update(_split(name, shapes) if source.fused_qkv else {name: Piece(name)})
     split = {name: piece._replace(rotated=bool(_ROTATED.search(name))) for name, piece in split.items()}
 
-    pieces: dict[str, list[Piece]] = {}
-    for name, piece in split.items():
-        pieces.setdefault(_fused_name(name) if target.fused_qkv else name, []).append(piece)
+    pieces = _fuse(split) if target.fused_qkv else {name: [piece] for name, piece in split.items()}
     head_dim = next((shape[0] for name, shape in shapes.items() if name.endswith(_HEAD)), 1)
     return Conversion(pieces, head_dim, source, target)
 
@@ -124,9 +120,19 @@ def _split(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]
     return {name: Piece(name)}
 
 
-def _fused_name(name: str) -> str:
+def _fuse(split: Mapping[str, Piece]) -> dict[str, list[Piece]]:
+    pieces: dict[str, list[Piece]] = {}
+    for name, piece in split.items():
+        fused, names = _fused_name(name)
+        whole = all(part in split for part in names)  # of an incomplete file, what there is keeps its name
+        pieces[fused if whole else name] = [split[part] for part in names] if whole else [piece]
+    return pieces
+
+
+def _fused_name(name: str) -> tuple[str, list[str]]:
+    """The fused tensor that a split one is part of, and all its parts in order; for others the name itself."""
     for fused, parts in _FUSED.items():
         for part in parts:
             if part in name:
-                return name.replace(part, fused)
-    return name
+                return name.replace(part, fused), [name.replace(part, other) for other in parts]
+    return name, [name]

@@ -28,8 +28,9 @@ class TextEmbedder(nn.Module):
             the first time is reported.
         shardformer: spread the encoder over tensor-parallel ranks: not available in this version.
 
-    No attention mask is used, as in the training of the published weights: T5 attends to its padding. (CLIP is causal: what
-    follows the end of the text does not reach the pooled state.) The weights are fp32; the caller casts and moves the module.
+    No attention mask is used, as in the training of the published weights: T5 attends to its padding. (CLIP is causal:
+    what follows the end of the text does not reach the pooled state.) The weights are fp32; the caller casts and moves
+    the module.
     """
 
     def __init__(self, from_pretrained: str, max_length: int, shardformer: bool = False):
@@ -68,7 +69,7 @@ class TextEmbedder(nn.Module):
         if any(cut) and not self.tokens_cut:
             first = next(index for index, number in enumerate(cut) if number)
             get_logger().warning(
-                "A caption has %d tokens, max_length=%d: what is beyond is cut off, here and in further captions: %.60s...",
+                "a caption has %d tokens, max_length=%d: the rest is cut off, here and in further captions: %.60s...",
                 lengths[first], self.max_length, texts[first],
             )  # fmt: skip
         self.tokens_cut += sum(cut)
@@ -93,12 +94,12 @@ def text_config(from_pretrained: str) -> Any:
         config = AutoConfig.from_pretrained(from_pretrained)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"from_pretrained='{from_pretrained}' is neither a folder with the config.json of a text encoder nor a model "
-            "that the Hugging Face hub gave: download it first (ckpts/README.md)"
+            f"from_pretrained='{from_pretrained}' is neither a folder with the config.json of a text encoder nor a "
+            "model that the Hugging Face hub gave: download it first (ckpts/README.md)"
         ) from error
     if config.model_type not in POOLED:
         raise ValueError(
-            f"from_pretrained='{from_pretrained}' is a '{config.model_type}': a text encoder is one of {', '.join(POOLED)}"
+            f"from_pretrained='{from_pretrained}' is a '{config.model_type}': give one of {', '.join(POOLED)}"
         )
     return config
 
