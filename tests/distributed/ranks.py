@@ -23,7 +23,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = spawn.Process(target=_serve, args=(rank, world_size, port, theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
