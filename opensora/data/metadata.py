@@ -39,9 +39,8 @@ class Summary(NamedTuple):
     rejected_path: Path
 
     def describe_rejected(self) -> str:
-        """For example "5 rows: 3 truncated, 2 file not found"."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
-        return f"{self.rejected.total():,} rows: {reasons}"
+        """For example "3 truncated, 2 file not found"."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
 
 
 def add_metadata(source: Path, output: Path, num_workers: int | None = None) -> Summary:
@@ -73,7 +72,10 @@ def add_metadata(source: Path, output: Path, num_workers: int | None = None) -> 
         raise TableError(f"table '{source}' has no column 'path': it has {', '.join(reader.schema.names)}")
     if reader.num_rows == 0:
         raise TableError(f"table '{source}' has no rows")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TableError(f"output '{output}' cannot be written: '{error.filename}': {error.strerror}") from None
     rejected_path = Path(f"{output}.rejected.csv")
     with _draft(output) as draft, _draft(rejected_path) as rejected_draft:
         with (

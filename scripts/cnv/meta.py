@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
         return 130
     print(f"{summary.written:,} rows written to {arguments.output}")
     if summary.rejected:
-        print(f"rejected {summary.describe_rejected()}; listed in {summary.rejected_path}")
+        count = summary.rejected.total()
+        print(f"{count:,} rows rejected ({summary.describe_rejected()}), listed in {summary.rejected_path}")
     return 0
 
 

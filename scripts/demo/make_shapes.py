@@ -88,7 +88,8 @@ def write_files(root: Path, table: Path, num: int, seed: int) -> None:
         stale.unlink()
     with ProcessPoolExecutor(max_workers=2) as pool:
         names = list(pool.map(write_one, [folder] * num, range(num), [seed] * num, chunksize=48))
-    rows = [(f"datasets/shapes/{name}", plan(index)[0].prompt) for index, name in enumerate(names)]
+    # A sentence, as sampling makes one of a prompt: the model meets the same tokens in both.
+    rows = [(f"datasets/shapes/{name}", plan(index)[0].prompt + ".") for index, name in enumerate(names)]
     write_csv(table, ("path", "text"), rows)
     write_csv(prompts_path(table), ("text",), [(subject.prompt,) for subject in render.subjects()])
     counts = {frames: sum(plan(index)[1] == frames for index in range(num)) for frames in sorted(set(BLOCKS))}
