@@ -42,10 +42,10 @@ model = {
     "depth": 2,
     "depth_single_blocks": 4,
     "axes_dim": [16, 16, 16],
-    "theta": 10_000,
+    "theta": 100,  # positions go up to 3
     "qkv_bias": True,
     "cond_embed": True,
 }
 ae = {"type": "linear_causal", "from_pretrained": "./ckpts/shapes/ae.safetensors"}
-t5 = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/t5", "max_length": 16}
-clip = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/clip", "max_length": 77}
+t5 = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/t5", "max_length": 12}
+clip = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/clip", "max_length": 16}

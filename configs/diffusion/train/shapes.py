@@ -11,8 +11,8 @@ prefetch_factor = 4
 
 # ---- the frozen parts, made by scripts/demo/make_shapes.py
 ae = {"type": "linear_causal", "from_pretrained": "./ckpts/shapes/ae.safetensors"}
-t5 = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/t5", "max_length": 16}
-clip = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/clip", "max_length": 77}
+t5 = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/t5", "max_length": 12}
+clip = {"type": "text_embedder", "from_pretrained": "./ckpts/shapes/clip", "max_length": 16}
 dropout_ratio = {"t5": 0.1, "clip": 0.1}
 
 # ---- the model: Open-Sora 2.0's architecture, 16 times narrower, with 6 blocks
@@ -31,7 +31,7 @@ model = {
     "depth": 2,
     "depth_single_blocks": 4,
     "axes_dim": [16, 16, 16],
-    "theta": 10_000,
+    "theta": 100,  # positions go up to 3
     "qkv_bias": True,
     "cond_embed": True,
 }
@@ -40,10 +40,10 @@ condition_config = {"t2v": 9, "i2v_head": 1}
 # ---- optimization
 lr = 2e-3
 eps = 1e-8
-optim = {"cls": "HybridAdam", "lr": lr, "eps": eps, "weight_decay": 0.0}
+optim = {"cls": "HybridAdam", "lr": lr, "eps": eps, "weight_decay": 0.0, "betas": (0.9, 0.99)}
 warmup_steps = 50
 use_cosine_scheduler = True
-max_steps = 700
+max_steps = 520
 epochs = 100
 grad_clip = 1.0
 ema_decay = 0.99
