@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,11 +113,15 @@ def sample_all(cfg, context) -> None:
     get_logger().info(f"{len(plan.jobs)} samples go to {plan.jobs[0].path.parent}")
     pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, context.device)
     mine = plan.jobs[context.rank :: context.world_size]
+    done = 0
     with step_progress(mine, cfg, shown=context.rank == 0) as on_step:
         for batch in batches(mine, cfg.batch_size):
             videos = pipeline([to_request(job, cfg, plan.size) for job in batch], on_step)
             for job, video in zip(batch, videos, strict=True):
                 save_sample(job.path, video, cfg.fps_save, cfg.crf, job.prompt.text)
+            done += len(batch)
+            if not sys.stderr.isatty():
+                get_logger().info(f"{done} of {len(mine)} samples done")
 
 
 def to_request(job: Job, cfg, size: SampleSize) -> Request:
@@ -148,7 +153,8 @@ def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[Sequence[Job]]:
 
 @contextmanager
 def step_progress(jobs: Sequence[Job], cfg, shown: bool) -> Iterator:
-    """A bar over the steps of all batches of this rank; yields what to call after each step."""
+    """A bar on a terminal, over the steps of all batches of this rank; yields what to call after each step."""
     total = -(-len(jobs) // cfg.batch_size) * cfg.sampling_option.num_steps
-    with tqdm(total=total, unit="step", desc=f"{len(jobs)} samples", disable=not shown) as bar:
+    disable = None if shown else True  # None: where there is no terminal
+    with tqdm(total=total, unit="step", desc=f"{len(jobs)} samples", disable=disable) as bar:
         yield bar.update
