@@ -84,17 +84,19 @@ demo: $(SAMPLES)/score.json  ## make a small dataset, train on it, sample, measu
 		README.md "next: train on your own videos"
 	@printf '\n'; cat $(SAMPLES)/score.json; printf '\n'
 
-datasets/shapes.csv: scripts/demo/make_shapes.py | $(RUNTIME_STAMP)
+# made.json is what make_shapes.py writes last.
+datasets/shapes/made.json: $(addprefix scripts/demo/,make_shapes.py render.py text_encoders.py) | $(RUNTIME_STAMP)
 	$(call heading,"1/5 the dataset: videos of moving shapes and small frozen encoders")
 	python scripts/demo/make_shapes.py
+	@touch $@
 
-datasets/shapes_nec.csv: datasets/shapes.csv
+datasets/shapes_nec.csv: datasets/shapes/made.json
 	$(call heading,"2/5 the table: sizes and lengths and frame rates of all files")
 	python scripts/cnv/meta.py --input datasets/shapes.csv --output datasets/shapes_nec.csv --num_workers 0
 
 # Two processes share a CPU, each with its half of the cores; on GPUs it is one process each.
 $(RUN)/.trained: | datasets/shapes_nec.csv
-	$(call heading,"3/5 training: at most six minutes on two CPU cores (Ctrl-C and make demo again: it continues)")
+	$(call heading,"3/5 training (Ctrl-C and then make demo again: it continues)")
 	@processes=$$(python -c 'import torch; print(torch.cuda.device_count() or 2)'); \
 	cores=$$(python -c 'import os; print(len(os.sched_getaffinity(0)))'); \
 	resume=$$(python -c 'from opensora.checkpoint_folder import list_checkpoints as found; print("--load $(RUN)" if found("$(RUN)") else "")'); \

@@ -78,6 +78,6 @@ def one_line_errors() -> Iterator[None]:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(3)
+            time.sleep(10)
             print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

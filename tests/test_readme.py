@@ -44,6 +44,10 @@ PROMISED = [
     'configs/diffusion/inference/t2i2v_256px.py --save-dir samples --prompt "raining, sea" '
     "--model.from_pretrained outputs/your_experiment/epoch*-global_step*",
 ]
+LOADED_BY = {
+    "scripts/diffusion/train.py": (TrainSettings, validate_training),
+    "scripts/diffusion/inference.py": (InferenceSettings, validate_inference),
+}
 PLAIN = {"cat", "cd", "export", "git", "ls", "mv", "source", "tail", "tar", "tensorboard"}  # not ours to check
 SEPARATORS = {"&&", "||", "|", ";"}
 
@@ -107,12 +111,13 @@ def check_python(arguments: list[str]) -> None:
 
 def check_script(script: str, arguments: list[str], world_size: int) -> None:
     assert (ROOT / script).is_file(), f"there is no {script}"
-    if arguments == ["--help"]:
-        usage(f"{sys.executable} {script}")
-    elif script == "scripts/diffusion/train.py":
-        validate_training(load_config(arguments, TrainSettings), world_size)
-    elif script == "scripts/diffusion/inference.py":
-        validate_inference(load_config(arguments, InferenceSettings), world_size)
+    if script in LOADED_BY:
+        settings, validate = LOADED_BY[script]
+        if arguments == ["--help"]:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                load_config(arguments, settings)
+            return
+        validate(load_config(arguments, settings), world_size)
     else:
         check_flags(f"{sys.executable} {script}", arguments)
 

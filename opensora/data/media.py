@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 
 from opensora.data.container_layout import is_cut
 
+CUT_SHORT = "truncated: the file is shorter than it says it is"
+
 
 class MediaError(ValueError):
     """A file that no clip can be taken from.
@@ -56,7 +58,7 @@ def require_file(path: Path) -> None:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """The image as it is meant to be shown (EXIF orientation), its pixels not yet read where that can wait.
+    """The image as it is stored (see `to_rgb`), its pixels not yet read.
 
     Raises:
         MediaError: not an image, or (also while the caller reads its pixels) a damaged one.
@@ -123,7 +125,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 def _reason(path: Path, error: av.error.FFmpegError) -> str:
     if is_cut(path):
-        return "truncated: the file is shorter than it says it is"
+        return CUT_SHORT
     opening = error.filename is not None and str(path) in str(error.filename)
     return f"{'not a video or image' if opening else 'damaged'}: {one_line(error.strerror or error)}"
 

@@ -15,7 +15,7 @@ from PIL import ExifTags
 
 from opensora.data.container_layout import image_is_whole, is_cut, is_image, mp4_layout
 from opensora.data.frame_index import hidden_entries, index_is_whole, opening_packets, packets_are_frames
-from opensora.data.media import MediaError, open_image, open_video, orientation, require_file
+from opensora.data.media import CUT_SHORT, MediaError, open_image, open_video, orientation, require_file
 
 # A header's rate that is further than this from the counted one is not believed (variable rate, guesses of matroska).
 RATE_TOLERANCE = 0.05
@@ -69,7 +69,7 @@ def _probe_image(path: Path) -> VideoFacts:
 def _probe_video(path: Path) -> VideoFacts:
     layout = mp4_layout(path)
     if layout is None and is_cut(path):  # an mp4's index tells more: whether pictures are missing
-        raise MediaError(path, "truncated: the file is shorter than it says it is")
+        raise MediaError(path, CUT_SHORT)
     with open_video(path, header_only=layout is not None) as (container, stream):
         opening = opening_packets(container, stream)
         countable = packets_are_frames(container, stream, opening)
@@ -85,7 +85,7 @@ def _probe_video(path: Path) -> VideoFacts:
         with open_video(path) as (container, stream):
             count = _count_frames(path, _decode(_whole(path, container.demux(stream))))
     if count.num_frames == 0:
-        raise MediaError(path, "no frames")
+        raise MediaError(path, CUT_SHORT if is_cut(path) else "no frames")
     if first is not None and orientation(first).transposed:
         height, width = width, height
     return VideoFacts(count.num_frames, height, width, _frame_rate(header_rate, count))
@@ -101,8 +101,12 @@ def _count_index(path: Path, stream: VideoStream) -> _Count:
 
 
 def _count_packets(packets: Iterable[Packet]) -> _Count:
-    shown = [packet for packet in packets if packet.size and not packet.is_discard]
-    return _Count(len(shown), _seconds([p.pts * p.time_base for p in shown if p.pts is not None]))
+    times = [_time(packet) for packet in packets if packet.size and not packet.is_discard]
+    return _Count(len(times), _seconds(times))
+
+
+def _time(packet: Packet) -> float | None:
+    return None if packet.pts is None else float(packet.pts * packet.time_base)
 
 
 def _count_frames(path: Path, frames: Iterable[VideoFrame]) -> _Count:
@@ -112,11 +116,12 @@ def _count_frames(path: Path, frames: Iterable[VideoFrame]) -> _Count:
         cut = frame.is_corrupt
     if cut:
         raise MediaError(path, "truncated: the last frame is incomplete")
-    return _Count(len(times), _seconds([time for time in times if time is not None]))
+    return _Count(len(times), _seconds(times))
 
 
-def _seconds(times: Sequence[float]) -> float | None:
-    return float(max(times) - min(times)) if times else None
+def _seconds(times: Sequence[float | None]) -> float | None:
+    known = [time for time in times if time is not None]
+    return max(known) - min(known) if known else None
 
 
 def _whole(path: Path, packets: Iterable[Packet]) -> Iterator[Packet]:

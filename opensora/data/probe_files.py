@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -41,11 +42,26 @@ def file_prober(folder: Path, num_workers: int, total: int) -> Iterator[FileProb
         pandarallel.initialize(nb_workers=num_workers, verbose=0, use_memory_fs=False)
     progress = Progress(total)
     probe_all = _probe_in_workers if num_workers else _probe_here
-    with _signals_for_this_process_only():
+    with _interrupt_reaches_only_this_process():
         try:
             yield partial(probe_all, folder=folder, progress=progress)
         finally:
             progress.close()
+
+
+def end_children_with_this_process() -> None:
+    """From now on Linux kills processes forked here when this one ends, whatever ends it: for a program's main.
+
+    Among them is a server that pandarallel starts, which would stay for ever.
+    """
+
+    def end_with_parent() -> None:
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        os.register_at_fork(after_in_child=end_with_parent)
 
 
 def _probe_here(paths: Sequence[str | None], folder: Path, progress: Progress) -> list[VideoFacts | str]:
@@ -99,33 +115,29 @@ def _told_by_workers(progress: Progress) -> Iterator[int]:
         os.close(write_end)
 
 
-def _tell(pipe: int, count: int) -> None:
-    os.write(pipe, DONE * count)
-
-
 @contextmanager
-def _signals_for_this_process_only() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal: this one answers, workers, which inherit the handlers, do not.
-
-    A request to end (SIGTERM) is answered as Ctrl-C is: drafts are removed and workers do not outlive this process.
+def _interrupt_reaches_only_this_process() -> Iterator[None]:
+    """Ctrl-C is sent to all processes of a terminal. This one answers; workers, which inherit the handler, go on, and
+    end as this one does. (SIGTERM must keep its default: it is how pools end their workers, and a handler may miss it.)
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
 
-    def answer(signum: int, _frame: object) -> None:
+    def answer(_signum: int, _frame: object) -> None:
         if os.getpid() == owner:
             raise KeyboardInterrupt
-        if signum == signal.SIGTERM:
-            os._exit(1)
 
-    before = {signum: signal.signal(signum, answer) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, answer)
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(pipe: int, count: int) -> None:
+    os.write(pipe, DONE * count)
 
 
 class Progress:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from opensora.data.metadata import add_metadata
+from opensora.data.probe_files import end_children_with_this_process
 from opensora.data.table_stream import TableError
 
 
@@ -25,6 +26,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    end_children_with_this_process()
     try:
         summary = add_metadata(arguments.input, arguments.output, arguments.num_workers)
     except (TableError, OSError) as error:

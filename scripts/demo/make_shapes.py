@@ -1,4 +1,4 @@
-"""Make everything that the demo trains on: videos of moving shapes, text encoders and an autoencoder, in about 20 seconds.
+"""Make all that the demo trains on: videos of moving shapes, text encoders and an autoencoder, in about 20 seconds.
 
     python scripts/demo/make_shapes.py [--num 1920] [--seed 0] [--root .]
 
@@ -23,11 +23,7 @@ from pathlib import Path
 import numpy as np
 import render
 import text_encoders
-import torch
 from PIL import Image
-
-from opensora.models.autoencoder import linear_causal
-from opensora.models.autoencoder.linear_causal import LinearCausal
 
 SIZE = 64
 # Frames of the files, a block of 48 prompts at a time: seven blocks of long clips, one of short ones, two of images.
@@ -62,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def source_hash() -> str:
     """Of the code that makes the files: another version makes them anew."""
-    modules = (render, text_encoders, linear_causal)
-    sources = [Path(__file__), *(Path(module.__file__) for module in modules)]
+    autoencoder = Path(__file__).parents[2] / "opensora/models/autoencoder/linear_causal.py"
+    sources = [Path(__file__), Path(render.__file__), Path(text_encoders.__file__), autoencoder]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -117,6 +113,10 @@ def write_one(folder: Path, index: int, seed: int) -> str:
 
 def fit_autoencoder(root: Path, table: Path) -> None:
     """Fit to clips of the table; say how well clips that it was not fitted to come back."""
+    import torch
+
+    from opensora.models.autoencoder import LinearCausal
+
     clips = [path for path, _ in read_table(table) if path.endswith(".mp4")]
     frames = [render.read_frames(root / path) for path in clips[: FIT_CLIPS + FIT_CLIPS // 4]]
     videos = [torch.from_numpy(f).permute(3, 0, 1, 2)[None] / 127.5 - 1 for f in frames]  # [1, 3, T, H, W]

@@ -98,7 +98,7 @@ def cut_out(image: np.ndarray, centre: np.ndarray, half: int) -> np.ndarray:
 
 @lru_cache
 def templates(half: int, size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Each shape at many sizes and small offsets, smoothed like the frames: names, masks [N, (2 half)²], energies [N]."""
+    """Each shape at many sizes and small offsets, smoothed as the frames: names, masks [N, (2 half)²], energies [N]."""
     radii = size * np.linspace(0.1, 0.3, 21)
     offsets = [(x, y) for x in (-1.5, 0, 1.5) for y in (-1.5, 0, 1.5)]
     cases = [(shape, radius, offset) for shape in SHAPES for radius in radii for offset in offsets]

@@ -11,9 +11,7 @@ import json
 import string
 from pathlib import Path
 
-import torch
 from render import COLOURS, DIRECTIONS, SHAPES
-from safetensors.torch import save_file
 
 WIDTH = 64
 LAYERS = 2
@@ -31,6 +29,8 @@ def words() -> list[str]:
 
 def make_t5(folder: Path, seed: int = 0) -> None:
     """Write a T5EncoderModel and its Unigram tokenizer to `folder`."""
+    import torch
+    from safetensors.torch import save_file
     from transformers import T5Config, T5EncoderModel
 
     size = write_t5_tokenizer(folder)
@@ -49,8 +49,11 @@ def make_t5(folder: Path, seed: int = 0) -> None:
         tie_word_embeddings=False,
         architectures=["T5EncoderModel"],
     )
+    config.save_pretrained(folder)
     torch.manual_seed(seed)
-    T5EncoderModel(config).eval().save_pretrained(folder)
+    weights = T5EncoderModel(config).state_dict()
+    del weights["encoder.embed_tokens.weight"]  # is shared.weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_t5_tokenizer(folder: Path) -> int:
@@ -85,6 +88,8 @@ def write_t5_tokenizer(folder: Path) -> int:
 
 def make_clip(folder: Path, seed: int = 1) -> None:
     """Write a CLIPTextModel and its byte-level BPE tokenizer to `folder`."""
+    import torch
+    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     size = write_clip_tokenizer(folder)

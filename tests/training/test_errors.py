@@ -5,14 +5,14 @@ import re
 import pytest
 
 SETTINGS_MISTAKES = [
-    (["--optim.lrr", "1e-4"], "optim.lrr .*did you mean 'lr'"),
-    (["--max-stepz", "5"], "max_stepz .*did you mean 'max_steps'"),
-    (["--max-steps", "many"], "max_steps.*many"),
+    (["--optim.lrr", "1e-4"], "optim.lrr .*did you mean 'optim.lr'"),
+    (["--max-stepz", "5"], "'max_stepz' .*did you mean 'max_steps'"),
+    (["--max-steps", "many"], "--max-steps 'many' is not an integer"),
     (["--wandb"], "--wandb has no value"),
     (["--dataset.data-path", "datasets/absent.csv"], "datasets/absent.csv"),
     (["--load", "outputs/absent"], "outputs/absent"),
     (["--ae.from-pretrained", "ckpts/absent.safetensors"], "ckpts/absent.safetensors"),
-    (["--plugin", "hybrid"], "plugin='hybrid' .*not available in this version"),
+    (["--plugin", "hybrid"], "plugin='hybrid': .*not available in this version"),
     (["--plugin-config", "{'reduce_bucket_sise_in_m': 1}"], "reduce_bucket_sise_in_m"),
     (["--lora-config", "{'r': 8}"], "lora_config"),
 ]

@@ -1,6 +1,6 @@
 """stage1 with one sample a batch and few lengths: a short run of the whole 11B path to see that a machine can do it.
 
-Hardware: 1 to 8 GPUs of 80 GB. (For a run that ends in minutes on any machine see shapes.py.)
+Hardware: 8 GPUs of 80 GB. (For a run that ends in minutes on any machine see shapes.py.)
 """
 
 _base_ = ["stage1.py"]

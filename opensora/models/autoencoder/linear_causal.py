@@ -16,17 +16,11 @@ from opensora.registry import AUTOENCODERS
 SPATIAL = 8
 TEMPORAL = 4
 BLOCK = "b c (t f) (h y) (w x) -> b t h w (c f y x)"  # a row of pixels for each block of f frames, y rows, x columns
-SPREAD = 0.5  # exponent of a component's standard deviation in its latents'
+SPREAD = 0.5  # a latent's standard deviation is its component's to this power
 
 
 class BlockCodec(nn.Module):
-    """Blocks of `frames` x 8 x 8 pixels <-> latents, by orthonormal components around an origin.
-
-    A latent is its component's coordinate divided by `scale`. With unit variance for each channel (`scale` the standard
-    deviation) the weak components, mostly residue of the video codec, would weigh as much in the velocity's error as those that
-    carry colour and place; left as they are they hold the shape's outline, but at a tenth of the noise. `fit` goes half way: a
-    latent's standard deviation is proportional to the root of its component's, with a mean square of 1 over the channels.
-    """
+    """Blocks of `frames` x 8 x 8 pixels <-> latents: coordinates along orthonormal components, divided by `scale`."""
 
     def __init__(self, in_channels: int, frames: int, latent_channels: int):
         super().__init__()
@@ -46,28 +40,36 @@ class BlockCodec(nn.Module):
         back = " -> ".join(reversed(BLOCK.split(" -> ")))
         return rearrange(blocks, back, f=self.frames, y=SPATIAL, x=SPATIAL)  # [B, c, T, H, W]
 
-    def fit(self, videos: Sequence[Tensor]) -> None:
-        """Principal components about the most common block: the background, which so becomes the latent 0."""
-        rows = [rearrange(v, BLOCK, f=self.frames, y=SPATIAL, x=SPATIAL).flatten(0, 3) for v in videos]
-        blocks = torch.cat(rows).double()  # [N, pixels]
-        origin = blocks.median(0).values
-        eigenvalues, vectors = torch.linalg.eigh((blocks - origin).T @ (blocks - origin) / len(blocks))  # ascending
-        channels = len(self.scale)
-        components = vectors[:, -channels:].flip(1).T  # [C, pixels], the strongest first
+    def rows(self, videos: Sequence[Tensor]) -> Tensor:
+        """The blocks of all videos, [N, pixels] in fp64."""
+        blocks = [rearrange(video, BLOCK, f=self.frames, y=SPATIAL, x=SPATIAL) for video in videos]
+        return torch.cat([block.flatten(0, 3) for block in blocks]).double()
+
+    def fit_components(self, blocks: Tensor) -> Tensor:
+        """Principal components [C, pixels] about the median block, the background, whose latents so are 0."""
+        self.origin.copy_(blocks.median(0).values)
+        centred = blocks - self.origin
+        _, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # the weakest first
+        components = vectors.T.flip(0)[: len(self.scale)]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        deviation = eigenvalues[-channels:].flip(0).clamp_min(1e-12).sqrt()
-        relative = deviation**SPREAD
-        self.origin.copy_(origin)
-        self.components.copy_(components * largest.sign())  # the sign of an eigenvector is arbitrary
-        self.scale.copy_(deviation / relative * relative.square().mean().sqrt())
+        return components * largest.sign()  # an eigenvector's own sign is arbitrary
 
 
 @AUTOENCODERS.register("linear_causal")
 class LinearCausal(nn.Module):
     """4 x 8 x 8 compression; a video's first frame is coded alone, then four at a time, each from its own pixels only.
 
-    Deterministic, and so cheap that it makes small experiments possible on a CPU: the shapes demo trains with it. `fit` it to
-    clips and `save`.
+    Deterministic, and so cheap that it makes small experiments possible on a CPU: the shapes demo trains with it.
+    `fit` it to clips and `save`.
+
+    The latents are made to be learnt from. After 400 updates of a 5M-parameter model on the shapes, 100 % of the
+    samples had the right colour and 81 % the right direction, with plain principal components 85 % and 56 %:
+    - A channel means the same in the first latent frame as in the others: the others' components are rotated onto
+      what the first's would see in a picture that stands still, and both share a scale. One linear layer of the model
+      reads and writes all of them.
+    - Their mean square is 1 over the channels, that of the noise, but the spread between strong and weak components
+      is kept to its root: as it is, it leaves the outline under the noise; evened out, it would make the residue of
+      the video codec count as much as colour and place.
 
     Args:
         from_pretrained: file written by `save` (safetensors), loaded strictly; None leaves it to be fitted.
@@ -121,8 +123,25 @@ class LinearCausal(nn.Module):
     @torch.no_grad()
     def fit(self, videos: Sequence[Tensor]) -> None:
         """Fit to clips [B, c, T, H, W] in [-1, 1]; T may differ among them, and some must have more than one frame."""
-        self.first.fit([video[:, :, :1] for video in videos])
-        self.rest.fit([video[:, :, 1:] for video in videos if video.shape[2] > 1])
+        first = self.first.rows([video[:, :, :1] for video in videos])  # [N, c*64]
+        rest = self.rest.rows([video[:, :, 1:] for video in videos if video.shape[2] > 1])  # [M, c*4*64]
+        first_components, rest_components = self.first.fit_components(first), self.rest.fit_components(rest)
+
+        seen = (rest - self.rest.origin) @ rest_components.T  # [M, C]
+        still = rearrange(rest, "n (c f p) -> n f c p", f=TEMPORAL, p=SPATIAL**2).mean(1).flatten(1)  # [M, c*64]
+        wanted = (still - self.first.origin) @ first_components.T  # [M, C]
+        left, _, right = torch.linalg.svd(wanted.T @ seen)
+        rotation = left @ right  # orthogonal, of `seen` onto `wanted` (Schoenemann 1966): [C, C]
+        self.first.components.copy_(first_components)
+        self.rest.components.copy_(rotation @ rest_components)
+
+        # Four equal frames have twice the norm of one.
+        alone = 2 * ((first - self.first.origin) @ first_components.T)
+        deviation = ((alone.square().mean(0) + (seen @ rotation.T).square().mean(0)) / 2).clamp_min(1e-12).sqrt()
+        spread = deviation**SPREAD
+        scale = deviation / spread * spread.square().mean().sqrt()
+        self.first.scale.copy_(scale / 2)
+        self.rest.scale.copy_(scale)
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
