@@ -101,7 +101,8 @@ class Trainer:
 
     def _update(self, micro_batches: Iterator[Batch]) -> UpdateMetrics:
         """One optimizer update from `accumulation_steps` micro-batches on each rank."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self.context.device)  # loss, samples, tokens
+        loss_sum = torch.zeros((), device=self.context.device)
+        samples = tokens = 0
         for micro_step, batch in enumerate(micro_batches):
             self._notify("on_batch", batch)
             with self.timer("encode"):
@@ -110,19 +111,21 @@ class Trainer:
                 loss = self.engine.forward_backward(
                     lambda model, inputs=inputs: self.step.loss(model, inputs), micro_step, self.cfg.accumulation_steps
                 )
-            totals[0] += loss
-            totals[1:] += torch.tensor([len(batch.text), inputs.num_tokens(self.step.patch_size)])
+            loss_sum += loss
+            samples += len(batch)
+            tokens += inputs.num_tokens(self.step.patch_size)
         with self.timer("optimizer"):
             lr = self.learning_rate(self.state.global_step)
             grad_norm = self.engine.step(lr)
             if self.ema:
                 self.ema.update()
-        loss_sum, samples, tokens = self.context.sum(totals).tolist()
+        counts = torch.tensor([samples, tokens], dtype=torch.float64, device=self.context.device)
+        loss, samples, tokens = self.context.sum(torch.cat([loss_sum.double()[None], counts])).tolist()
         self.state.advance(batch.epoch, batch.update, int(samples))
         return UpdateMetrics(
             step=self.state.global_step,
             epoch=self.state.epoch,
-            loss=loss_sum / (self.context.data_parallel_size * self.cfg.accumulation_steps),
+            loss=loss / (self.context.data_parallel_size * self.cfg.accumulation_steps),
             grad_norm=grad_norm,
             lr=lr,
             samples=int(samples),

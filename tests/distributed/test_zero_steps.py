@@ -1,0 +1,27 @@
+"""Training that does nothing changes nothing."""
+
+import torch
+from runs import train
+from shapes_world import REPOSITORY, SMALL_MODEL
+
+from opensora.common import to_torch_dtype
+from opensora.config import load_config
+from opensora.models.weights import build_model, save_shard
+from opensora.training.settings import TrainSettings
+
+
+def test_zero_updates_then_sampling_equals_sampling_from_the_initial_weights(one_rank, shapes, tmp_path):
+    arguments = shapes.train_arguments("--outputs", str(tmp_path), "--exp-name", "run", "--max-steps", "0")
+    one_rank(train, shapes.root, arguments)
+    cfg = load_config(arguments, TrainSettings)
+    torch.manual_seed(cfg.seed)
+    save_shard(tmp_path / "initial.safetensors", build_model(cfg.model, to_torch_dtype(cfg.dtype), "cpu").state_dict())
+    videos = []
+    for name, weights in (("trained", "run"), ("initial", "initial.safetensors")):
+        config = str(REPOSITORY / "configs/diffusion/inference/shapes.py")
+        options = ["--save-dir", str(tmp_path / name), "--prompt", "a red circle", "--num-steps", "3"]
+        options += ["--model.from-pretrained", str(tmp_path / weights), "--use-ema", "False", *SMALL_MODEL]
+        shapes.run("scripts/diffusion/inference.py", config, *options)
+        (video,) = (tmp_path / name).rglob("*.mp4")
+        videos.append(video.read_bytes())
+    assert videos[0] == videos[1]
