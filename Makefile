@@ -85,7 +85,7 @@ demo: $(SAMPLES)/score.json  ## make a small dataset, train on it, sample, measu
 	@printf '\n'; cat $(SAMPLES)/score.json; printf '\n'
 
 # made.json is what make_shapes.py writes last.
-datasets/shapes/made.json: $(addprefix scripts/demo/,make_shapes.py render.py text_encoders.py) | $(RUNTIME_STAMP)
+datasets/shapes/made.json: $(addprefix scripts/demo/,make_shapes.py render.py text_encoders.py) opensora/models/autoencoder/linear_causal.py | $(RUNTIME_STAMP)
 	$(call heading,"1/5 the dataset: videos of moving shapes and small frozen encoders")
 	python scripts/demo/make_shapes.py
 	@touch $@
