@@ -33,7 +33,7 @@ class Ranks:
             pipe.send((function, args))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(120), f"rank {rank} does not answer"
+            assert pipe.poll(300), f"rank {rank} does not answer"
             failure, result = pipe.recv()
             assert failure is None, f"rank {rank}:\n{failure}"
             results.append(result)
