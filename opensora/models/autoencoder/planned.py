@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from opensora.registry import AUTOENCODERS
 
 REASON = (
-    "it comes with the full inference set; use a linear autoencoder fitted to your videos, "
+    "until it is, use the linear autoencoder of the demo, "
     "--ae \"dict(type='linear_causal', from_pretrained='ckpts/shapes/ae.safetensors')\""
 )
 
