@@ -27,7 +27,11 @@ class Progress(Callback):
             self._redirect = logging_redirect_tqdm([get_logger()])
             self._redirect.__enter__()
             self._bar = tqdm(
-                total=trainer.total_updates, initial=trainer.state.global_step, unit="step", mininterval=0.5
+                total=trainer.total_updates,
+                initial=trainer.state.global_step,
+                unit="step",
+                mininterval=0.5,
+                dynamic_ncols=True,
             )
         self._since, self._samples, self._updates = time.perf_counter(), 0, 0
 
