@@ -47,7 +47,8 @@ class ShapesWorld:
         if ranks:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [*launcher, str(REPOSITORY / script), *map(str, arguments)]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE")  # a user without a login
+        environment = {k: v for k, v in os.environ.items() if k not in others}
+        environment |= {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.root, env=environment, stdout=pipe, stderr=pipe, text=True)

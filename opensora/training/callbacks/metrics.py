@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import netrc
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from opensora.common import get_logger
 from opensora.training.callbacks.base import Callback
@@ -111,6 +113,11 @@ class WeightsAndBiases(Callback):
 
 
 def _has_login() -> bool:
-    from wandb.sdk.lib import apikey
-
-    return bool(os.environ.get("WANDB_API_KEY") or apikey.api_key())
+    """Whether there is a key for the server, in the places where `wandb login` documents it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
