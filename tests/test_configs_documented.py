@@ -18,7 +18,7 @@ TRAIN = [name for name in GOLDEN if "/train/" in name]
 PLUGINS = [name for name in GOLDEN if "/plugins/" in name]
 INFERENCE = [name for name in GOLDEN if "/inference/" in name and name not in PLUGINS]
 
-HUNYUAN = "ae.type='hunyuan_vae' is not available in this version: it comes with the full inference set"
+HUNYUAN = "ae.type='hunyuan_vae' is not available in this version: until it is, use the linear autoencoder of the demo"
 SHARDFORMER = "t5.shardformer=True is not available in this version: set --t5.shardformer False"
 HYBRID = "plugin='hybrid': tensor and sequence parallelism are not available in this version: set --plugin "
 OFFLOAD = "grad_ckpt_buffer_size=26843545600 is not available in this version: set --grad-ckpt-buffer-size 0"

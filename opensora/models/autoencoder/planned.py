@@ -1,6 +1,6 @@
 """The autoencoders of the 11B models: their settings and sizes, so that configs that name them parse and are checked.
 
-Both come with the full inference set; `Registry.require_available` says so before a device or data is touched.
+Both come with a later version; `Registry.require_available` says so before a device or data is touched.
 """
 
 from __future__ import annotations
