@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opensora.common import rank, world_size
+from opensora.common import world_size
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,3 @@ def die_with_launcher() -> None:
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for the job, also before a ParallelContext exists."""
-    return rank() == 0

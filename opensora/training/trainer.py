@@ -40,7 +40,7 @@ class Trainer:
         self.sampler, self.loader = build_data(cfg, context)
         self._place(checkpoint)
         self.total_updates = self._total_updates()
-        self.run_folder = self._open_run_folder()
+        self.run_folder = self._open_run_folder(checkpoint)
         self.step = build_step(cfg, context.device)
         self.engine = build_engine(cfg, context, checkpoint)
         self.ema = ExponentialMovingAverage(self.engine.shards(), cfg.ema_decay) if cfg.ema_decay else None
@@ -156,13 +156,16 @@ class Trainer:
         total = state.global_step + max(0, epochs_left * per_epoch - state.update)
         return total if self.cfg.max_steps is None else min(total, self.cfg.max_steps)
 
-    def _open_run_folder(self) -> Path:
-        """The run's folder, made and locked on rank 0, known to all."""
+    def _open_run_folder(self, checkpoint: Path | None) -> Path:
+        """The run's folder, made and locked on rank 0, known to all. Only a checkpoint of its own continues a folder:
+        one of another run would mix two runs' metrics and checkpoints."""
         cfg = self.cfg
 
         def open_folder() -> Path:
             name = cfg.exp_name or default_experiment_name(cfg.filename, datetime.now())
-            self._folder = RunFolder(Path(cfg.outputs) / name, resumes=bool(cfg.load))
+            path = Path(cfg.outputs) / name
+            resumes = checkpoint is not None and checkpoint.resolve().parent == path.resolve()
+            self._folder = RunFolder(path, resumes)
             self._folder.write_config(dump_config(cfg))
             self._folder.cut_metrics(self.state.global_step)
             self._folder.start_log()

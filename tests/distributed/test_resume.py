@@ -125,3 +125,21 @@ def test_bad_files_do_not_change_the_batches(two_ranks, shapes, tmp_path):
     assert {(line["samples"], line["tokens"]) for line in lines} == {(8, lines[0]["tokens"])}
     rejected = (tmp_path / "run/rejected.jsonl").read_text()
     assert all(name in rejected for name in ("truncated.mp4", "missing.mp4", one_frame.name))
+
+
+def load_into_another_run(context, root, arguments):
+    try:
+        train(context, root, arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_checkpoint_of_another_run_does_not_continue_a_folder(two_ranks, shapes, tmp_path):
+    common = ["--outputs", str(tmp_path), "--max-steps", "1", "--num-workers", "0"]
+    for name in ("first", "second"):
+        two_ranks(train, shapes.root, shapes.train_arguments(*common, "--exp-name", name))
+    before = numbers(tmp_path / "second")
+    load = ["--load", str(tmp_path / "first"), "--exp-name", "second"]
+    for message in two_ranks(load_into_another_run, shapes.root, shapes.train_arguments(*common, *load)):
+        assert "already holds checkpoints" in message
+    assert numbers(tmp_path / "second") == before
