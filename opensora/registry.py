@@ -94,6 +94,6 @@ class Registry:
 
 
 MODELS = Registry("model")
-AUTOENCODERS = Registry("autoencoder")
-TEXT_ENCODERS = Registry("text encoder")
+AUTOENCODERS = Registry("autoencoder", supplied=("dtype", "device"))
+TEXT_ENCODERS = Registry("text encoder", supplied=("dtype", "device"))
 DATASETS = Registry("dataset")

@@ -29,6 +29,12 @@ class ModelBuilding:
     grad_ckpt_settings: tuple[int, int] | None = setting(
         None, "the first so many double and single blocks are recomputed in the backward pass; None: all"
     )
+    grad_ckpt_policy: Literal["full", "blocks", "attention"] = setting(
+        "blocks",
+        "full: recompute all blocks; blocks: those of grad_ckpt_settings; attention: of those, all but attention",
+    )
+    attention: Literal["sdpa", "flash_attn_2", "flash_attn_3"] = setting("sdpa", "the attention's kernels")
+    compile: bool = setting(False, "compile each block (torch.compile)")
 
 
 @dataclass(kw_only=True)

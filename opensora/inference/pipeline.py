@@ -17,6 +17,7 @@ from opensora.inference.output import to_uint8
 from opensora.inference.references import read_span
 from opensora.inference.sampler import Sampler, SamplerOptions, TextEmbedding
 from opensora.inference.size import SampleSize
+from opensora.models.frozen import build_frozen
 from opensora.models.weights import build_model
 from opensora.registry import AUTOENCODERS, TEXT_ENCODERS
 
@@ -70,16 +71,13 @@ class Pipeline:
         """
         dtype = to_torch_dtype(cfg.dtype)
 
-        def frozen(module: nn.Module) -> nn.Module:
-            return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
         torch.manual_seed(cfg.seed)  # initial weights are those that training with this seed starts from
         model_settings = {**cfg.model, "from_pretrained": weights and str(weights)}
         return cls(
-            frozen(build_model(model_settings, dtype, device, use_ema=cfg.use_ema)),
-            frozen(AUTOENCODERS.build(cfg.ae, where="ae")),
-            frozen(TEXT_ENCODERS.build(cfg.t5, where="t5")),
-            frozen(TEXT_ENCODERS.build(cfg.clip, where="clip")),
+            build_model(model_settings, dtype, device, use_ema=cfg.use_ema).eval().requires_grad_(False),
+            build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device),
+            build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device),
+            build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
             options=SamplerOptions.from_config(cfg.sampling_option),
             size=size,
             device=device,

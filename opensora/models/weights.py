@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from opensora.models.weight_files import (
     write_index,
 )
 from opensora.registry import MODELS
-from opensora.settings import is_hub_name
+from opensora.settings import ModelBuilding, is_hub_name
 
 __all__ = ["build_model", "load_weights", "plan_shards", "save_shard", "write_index"]
 
 # Settings of a config's `model` that are the builder's or the trainer's, not the module's.
-BUILDING = ("from_pretrained", "strict_load", "grad_ckpt_settings", "grad_ckpt_setting")
+BUILDING = tuple(field.name for field in dataclasses.fields(ModelBuilding))
 
 # Embedders that some models of the family have and others don't: such weights may be absent or left over.
 MAY_BE_UNEXPECTED = ("cond_in.", "guidance_in.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from opensora.data.bucket import BucketTable
 from opensora.data.loader import build_loader
 from opensora.data.sampler import BucketSampler
 from opensora.models.activation import checkpoint_blocks
+from opensora.models.frozen import build_frozen
 from opensora.models.weights import build_model
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
@@ -39,17 +38,12 @@ def build_data(cfg, context: ParallelContext) -> tuple[BucketSampler, DataLoader
     return sampler, build_loader(dataset, sampler, cfg.num_workers, cfg.prefetch_factor, pin_memory)
 
 
-def build_frozen(registry, settings: Mapping[str, Any], where: str, device: torch.device, dtype: torch.dtype):
-    """An encoder that is only ever used, never trained."""
-    return registry.build(settings, where=where).to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
 def build_step(cfg, device: torch.device) -> FlowMatchingStep:
     dtype = to_torch_dtype(cfg.dtype)
     return FlowMatchingStep(
-        build_frozen(AUTOENCODERS, cfg.ae, "ae", device, dtype),
-        build_frozen(TEXT_ENCODERS, cfg.t5, "t5", device, dtype),
-        build_frozen(TEXT_ENCODERS, cfg.clip, "clip", device, dtype),
+        build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device),
+        build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device),
+        build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
         device=device,
         dtype=dtype,
         patch_size=cfg.model.get("patch_size", 2),

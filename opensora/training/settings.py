@@ -151,6 +151,8 @@ class TrainSettings:
         "grad_ckpt_setting": "model.grad_ckpt_settings",
         "grad_ckpt_settings": "model.grad_ckpt_settings",
         "model.grad_ckpt_setting": "model.grad_ckpt_settings",
+        "grad_ckpt_policy": "model.grad_ckpt_policy",
+        "compile": "model.compile",
         "resize": "dataset.resize",
     }
 

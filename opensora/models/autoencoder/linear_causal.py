@@ -79,7 +79,15 @@ class LinearCausal(nn.Module):
     spatial_compression = SPATIAL
     is_causal = True
 
-    def __init__(self, from_pretrained: str | None = None, in_channels: int = 3, latent_channels: int = 16):
+    def __init__(
+        self,
+        from_pretrained: str | None = None,
+        in_channels: int = 3,
+        latent_channels: int = 16,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         self.in_channels = in_channels
         self.latent_channels = latent_channels
@@ -87,6 +95,7 @@ class LinearCausal(nn.Module):
         self.rest = BlockCodec(in_channels, TEMPORAL, latent_channels)
         if from_pretrained is not None:
             self._load(from_pretrained)
+        self.to(device=device, dtype=dtype)
 
     def encode(self, video: Tensor, noise: Callable[[torch.Size], Tensor] | None = None) -> Tensor:
         """Pixels [B, c, T, H, W] in [-1, 1] -> latents [B, C, (T-1)/4+1, H/8, W/8] of about unit variance.

@@ -29,11 +29,18 @@ class TextEmbedder(nn.Module):
         shardformer: spread the encoder over tensor-parallel ranks: not available in this version.
 
     No attention mask is used, as in the training of the published weights: T5 attends to its padding. (CLIP is causal:
-    what follows the end of the text does not reach the pooled state.) The weights are fp32; the caller casts and moves
-    the module.
+    what follows the end of the text does not reach the pooled state.)
     """
 
-    def __init__(self, from_pretrained: str, max_length: int, shardformer: bool = False):
+    def __init__(
+        self,
+        from_pretrained: str,
+        max_length: int,
+        shardformer: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         if shardformer:
             raise ValueError("shardformer=True is not available in this version: set it to False")
@@ -49,6 +56,7 @@ class TextEmbedder(nn.Module):
             raise ValueError(
                 f"max_length={max_length} is beyond the {limit} positions of '{from_pretrained}': lower it"
             )
+        self.to(device=device, dtype=dtype)
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> Tensor:
