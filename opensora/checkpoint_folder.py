@@ -14,7 +14,11 @@ from pathlib import Path
 from opensora.common import get_logger
 
 _NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
-_WEIGHTS = ("*.safetensors", "*.pt", "*.pth", "*.index.json", "model/*.index.json", "model/*.safetensors")
+_WEIGHTS = [
+    place + pattern
+    for pattern in ("*.index.json", "*.safetensors", "*.pt", "*.pth", "*.bin")
+    for place in ("model/", "transformer/", "")
+]
 
 
 def folder_name(epoch: int, global_step: int) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from opensora.checkpoint_folder import parse_folder_name
 from opensora.common import DTYPES
-from opensora.registry import AUTOENCODERS, Registry, nearest
+from opensora.registry import AUTOENCODERS, nearest
 from opensora.schema import ABSENT, setting
 
 PLUGINS = ("zero1", "zero2", "hybrid")
@@ -33,8 +34,10 @@ class ModelBuilding:
         "blocks",
         "full: recompute all blocks; blocks: those of grad_ckpt_settings; attention: of those, all but attention",
     )
-    attention: Literal["sdpa", "flash_attn_2", "flash_attn_3"] = setting("sdpa", "the attention's kernels")
-    compile: bool = setting(False, "compile each block (torch.compile)")
+    attention: Literal["sdpa", "flash_attn_2", "flash_attn_3"] = setting(
+        "sdpa", "kernels of the attention: sdpa: PyTorch picks; flash_attn_2, flash_attn_3: those packages on CUDA"
+    )
+    compile: bool = setting(False, "compile each block (torch.compile): minutes at the start, then faster steps")
 
 
 @dataclass(kw_only=True)
@@ -136,6 +139,11 @@ def _check_heads_split(model: Mapping[str, Any], settings: Mapping[str, Any]) ->
         )
 
 
+def check_shardformer(cfg: Mapping[str, Any]) -> None:
+    if cfg["clip"].get("shardformer"):
+        raise ValueError("clip.shardformer=True: Shardformer is for T5 alone here: set --clip.shardformer False")
+
+
 def check_model(model: Mapping[str, Any], where: str = "model") -> None:
     """Sizes are positive, and the rotary dimensions add up to a head's."""
     sizes = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "mlp_ratio", "patch_size")
@@ -198,17 +206,6 @@ def check_frames(num_frames: int, ae: Mapping[str, Any], where: str) -> None:
 # ------------------------------------------------------------------------------------- what this version has not
 
 
-def planned(registry: Registry, component: Mapping[str, Any] | None, where: str) -> list[str]:
-    """The reason why a component can't be built in this version, if so."""
-    if component is None:
-        return []
-    try:
-        registry.require_available(component["type"], where)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def raise_unavailable(reasons: Iterable[str]) -> None:
     """One ValueError for all the reasons."""
     reasons = list(reasons)
@@ -220,11 +217,12 @@ def raise_unavailable(reasons: Iterable[str]) -> None:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether `path` is a repository of the Hugging Face hub ("google/t5-v1_1-xxl") or a file of one ("a/b/c.pth")."""
+    """Whether `path` is a repository of the Hugging Face hub ("google/t5-v1_1-xxl"), or a folder or file of one."""
     parts = path.split("/")
-    if path.startswith((".", "/", "~")) or Path(parts[0]).is_dir():
+    is_pattern, is_checkpoint = any(c in path for c in "*?["), parse_folder_name(path) is not None
+    if path.startswith((".", "/", "~")) or "" in parts or is_pattern or is_checkpoint or Path(parts[0]).is_dir():
         return False
-    return len(parts) >= 3 if Path(path).suffix in WEIGHT_FILES else len(parts) == 2
+    return len(parts) >= (3 if Path(path).suffix in WEIGHT_FILES else 2)
 
 
 def check_weights(cfg: Mapping[str, Any], sections: Iterable[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,45 +16,103 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora.common import get_logger
+
 SHARD_BYTES = 4096 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+# Where the weights of a folder are: of a checkpoint, of a diffusers pipeline (FLUX.1-dev), of any other one.
+PLACES = ("model/", "transformer/", "")
+
+# By their names in safetensors files.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Tensors that can be read by name. shapes: of all there are; read: the named ones, on the CPU.
+    """Tensors that can be read by name.
 
-    What `read` returns may be a view of a mapped file: copy it, don't write to it.
+    Attributes:
+        shapes, dtypes: of all there are, by name.
+        read: the named ones, on the CPU. It may be a view of a mapped file: copy it, don't write to it.
+        metadata: what the files say of themselves (safetensors' metadata, an index's).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
     read: Callable[[Sequence[str]], dict[str, Tensor]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
 def open_weights(path: Path) -> WeightSource:
-    """The weights in a file (.safetensors, .pt, .pth), a checkpoint folder (its `model/`) or a sharded folder.
+    """The weights in a file (.safetensors, .pt, .pth, .bin), in the files of an index (*.index.json), or in a folder:
+    a checkpoint's `model/`, a diffusers pipeline's `transformer/`, an index and its shards, or one file.
 
     Raises:
         FileNotFoundError: a folder without weights, or an index that names an absent shard.
-        ValueError: a file that is cut short or is none of weights, a folder with two indexes.
+        ValueError: a file that is cut short or is none of weights, a folder in which several could be meant.
     """
     if path.is_file():
-        return _open_file(path)
-    folder = path / "model" if (path / "model").is_dir() else path
-    indexes = sorted(folder.glob("*.index.json"))
-    files = sorted(file for file in folder.glob("*.safetensors"))
-    if len(indexes) > 1:
-        raise ValueError(f"{folder} has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}): keep one")
-    if indexes:
-        return _open_shards(indexes[0])
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"{folder} has {len(files)} .safetensors files and no *.index.json: name the file to load"
-        )
-    return _open_file(files[0])
+        return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
+    files = [f"{place}{file.name}" for place in PLACES for file in sorted((path / place).glob("*")) if file.is_file()]
+    return open_weights(path / choose_weights(files, str(path)))
+
+
+def choose_weights(files: Sequence[str], where: str) -> str:
+    """The index, or the single file, that holds the weights of a folder with these files (relative, with /).
+
+    A safetensors index comes before any other, an index before a file, safetensors files before torch's.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: there are several. `where` is the folder, for messages.
+    """
+    for place in PLACES:
+        here = [file for file in files if file.startswith(place) and "/" not in file[len(place) :]]
+        for suffix in (".safetensors" + INDEX_SUFFIX, INDEX_SUFFIX, ".safetensors", TORCH_SUFFIXES):
+            found = sorted(file for file in here if file.endswith(suffix))
+            if len(found) > 1:
+                kind = "indexes" if found[0].endswith(INDEX_SUFFIX) else "files of weights and no *.index.json"
+                raise ValueError(
+                    f"{where} has {len(found)} {kind} ({', '.join(found[:4])}{', ...' if found[4:] else ''}): "
+                    f"name the one to load, e.g. {where}/{found[0]}"
+                )
+            if found:
+                return found[0]
+    raise FileNotFoundError(f"{where} has no weights: no *.index.json, no .safetensors, .pt, .pth or .bin file")
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says.
+
+    Raises:
+        ValueError: it is no index.
+    """
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weights ({error!r}): download or save it again") from error
+    return shard_of
 
 
 def open_averages(checkpoint: Path) -> WeightSource:
@@ -73,20 +133,21 @@ def open_averages(checkpoint: Path) -> WeightSource:
         )
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     saved = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    dtypes = {name: entry.properties.dtype for name, entry in saved.items()}
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
-        tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+        tensors = {name: torch.empty(saved[name].size, dtype=dtypes[name]) for name in names}
         # the public dcp.load is a collective of all ranks where there are several (torch 2.6 can't be told otherwise)
         _load_state_dict(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
         return tensors
 
-    return WeightSource({name: tuple(entry.size) for name, entry in saved.items()}, read)
+    return WeightSource({name: tuple(entry.size) for name, entry in saved.items()}, dtypes, read)
 
 
 def _open_file(path: Path) -> WeightSource:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
+    if path.suffix in TORCH_SUFFIXES:
         return _open_torch(path)
     raise ValueError(f"{path} is no file of weights: give a .safetensors, .pt or .pth file, or a folder")
 
@@ -96,26 +157,38 @@ def _open_safetensors(path: Path) -> WeightSource:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): download or save it again") from error
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return WeightSource(shapes, lambda names: {name: file.get_tensor(name) for name in names})
+    entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    unknown = sorted({entry.get_dtype() for entry in entries.values()} - SAFETENSORS_DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{path} has tensors of dtype {unknown[0]}: give weights in bf16, fp16 or fp32")
+    return WeightSource(
+        {name: tuple(entry.get_shape()) for name, entry in entries.items()},
+        {name: SAFETENSORS_DTYPES[entry.get_dtype()] for name, entry in entries.items()},
+        lambda names: {name: file.get_tensor(name) for name in names},
+        file.metadata() or {},
+    )
 
 
 def _open_torch(path: Path) -> WeightSource:
+    mapped = zipfile.is_zipfile(path)  # torch's format since 2020; a file cut short is none
     try:
-        state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        state = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} can't be read as a torch file of weights ({reason}): save it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a state dict, a dict of tensors by name: save model.state_dict() alone")
+    if not mapped:
+        get_logger().warning(f"{path} is in torch's old format, which is read whole: it takes its size in memory")
     return WeightSource(
         {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tensor.dtype for name, tensor in state.items()},
         lambda names: {name: state[name] for name in names},
     )
 
 
 def _open_shards(index: Path) -> WeightSource:
-    shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    shard_of = shards_of(index)
     shards: dict[str, WeightSource] = {}
     for file in sorted(set(shard_of.values())):
         if not (index.parent / file).is_file():
@@ -128,7 +201,12 @@ def _open_shards(index: Path) -> WeightSource:
     def read(names: Sequence[str]) -> dict[str, Tensor]:
         return {name: shards[shard_of[name]].read([name])[name] for name in names}
 
-    return WeightSource({name: shards[file].shapes[name] for name, file in shard_of.items()}, read)
+    return WeightSource(
+        {name: shards[file].shapes[name] for name, file in shard_of.items()},
+        {name: shards[file].dtypes[name] for name, file in shard_of.items()},
+        read,
+        next((shard.metadata for shard in shards.values()), {}),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -139,15 +217,21 @@ def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int = SHARD_BYTES) -> 
 
     A tensor that is larger than that has a file of its own.
     """
-    shards: list[list[str]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not shards or tensor.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(name)
-        room -= tensor.nbytes
+    shards = group_by_size({name: tensor.nbytes for name, tensor in tensors.items()}, max_bytes)
     return [(f"model-{number:05d}.safetensors", names) for number, names in enumerate(shards, start=1)]
+
+
+def group_by_size(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in order, in groups of at most `max_bytes` or of one name."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, number in nbytes.items():
+        if not groups or number > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= number
+    return groups
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from opensora.checkpoint_folder import resolve_checkpoint
 from opensora.common import get_logger
+from opensora.models.attention import select_attention
+from opensora.models.byte_progress import ByteProgress, size
+from opensora.models.misfit import Misfit, first_names
 from opensora.models.mmdit import MMDiT
-from opensora.models.mmdit.convert import Conversion, Layout, layout_of, plan_conversion
+from opensora.models.mmdit.convert import Conversion, plan_conversion
+from opensora.models.mmdit.infer import infer_settings
 from opensora.models.mmdit.initialise import init_weights
-from opensora.models.weight_files import (
-    WeightSource,
-    open_averages,
-    open_weights,
-    plan_shards,
-    save_shard,
-    write_index,
-)
+from opensora.models.mmdit.layouts import OPEN_SORA, Layout, describe
+from opensora.models.sources import find_weights, open_model, source_layout
+from opensora.models.weight_files import WeightSource
 from opensora.registry import MODELS
-from opensora.settings import ModelBuilding, is_hub_name
-
-__all__ = ["build_model", "load_weights", "plan_shards", "save_shard", "write_index"]
+from opensora.settings import ModelBuilding
 
 # Settings of a config's `model` that are the builder's or the trainer's, not the module's.
 BUILDING = tuple(field.name for field in dataclasses.fields(ModelBuilding))
@@ -34,7 +32,7 @@ BUILDING = tuple(field.name for field in dataclasses.fields(ModelBuilding))
 MAY_BE_UNEXPECTED = ("cond_in.", "guidance_in.")
 MAY_BE_MISSING = ("cond_in.",)
 
-READ_ELEMENTS = 2**28  # averages are read in parts of about 1 GiB: they are not mapped
+READ_BYTES = 2**28  # of tensors read at a time: averages are not mapped, and each reading of them takes a while
 
 
 def build_model(
@@ -43,6 +41,8 @@ def build_model(
     device: torch.device | str,
     use_ema: bool = False,
     where: str = "model",
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
 ) -> MMDiT:
     """The model of a config's `model` settings, in `dtype` on `device`.
 
@@ -53,6 +53,7 @@ def build_model(
     Args:
         use_ema: load the averaged weights of the checkpoint that `from_pretrained` names.
         where: the settings' place in the config, for messages.
+        lora, lora_scale: adapters to merge into the weights, and how strongly (`open_model`).
 
     Raises:
         FileNotFoundError: `from_pretrained` is nowhere. ValueError: a wrong setting, or weights that don't fit.
@@ -63,117 +64,137 @@ def build_model(
         raise ValueError(f"use_ema=True needs a checkpoint: set --{where}.from-pretrained outputs/EXP")
     with torch.device("meta"):
         model = MODELS.build(module_settings, where=where).to(dtype)
+    select_attention(model, settings.get("attention", "sdpa"), where)
     if not from_pretrained:
-        init_weights(model.to_empty(device=device))
+        allocate(model, device)
+        init_weights(model)
         return model
     path = find_weights(from_pretrained)
-    load_weights(model, open_averages(path) if use_ema else open_weights(path), str(path), device)
+    load_weights(model, open_model(path, use_ema, lora, lora_scale), path, device, where)
     return model
 
 
-def find_weights(from_pretrained: str | Sequence[str]) -> Path:
-    """The file or folder that `from_pretrained` means: on this machine, or "owner/repository/file" of the Hugging Face
-    hub, downloaded."""
-    try:
-        return resolve_checkpoint(from_pretrained)
-    except FileNotFoundError:
-        name = str(from_pretrained)
-        if not is_hub_name(name) or name.count("/") < 2:
-            raise
-    from huggingface_hub import hf_hub_download
-
-    owner, repository, file = name.split("/", 2)
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
-    except Exception as error:  # the hub's errors have no base class in common over its versions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"{name} is no file or folder here, and the Hugging Face hub did not give it ({reason})"
-        ) from error
-
-
 @torch.no_grad()
-def load_weights(model: MMDiT, source: WeightSource, where: str, device: torch.device | str) -> None:
+def load_weights(
+    model: MMDiT, source: WeightSource, path: Path, device: torch.device | str, where: str = "model"
+) -> None:
     """Give a model on the meta device its memory on `device`, and its weights from `source`, converted to its layout.
 
     `cond_in` and `guidance_in` may be left over and `cond_in` may be missing (it is set to zero): both are said.
 
+    Args:
+        path: what `source` was opened from. where: the model's place in the config, for messages.
+
     Raises:
-        ValueError: any other weights are missing or left over, or have another shape; nothing was allocated.
+        ValueError: any other weights are missing, left over, of another shape or no floats; nothing was allocated.
     """
-    conversion = _conversion(model, source, where)
-    _check_fit(model, source, conversion, where)
-    model.to_empty(device=device)
+    conversion = _conversion(model, source, path)
+    _check_fit(model, source, conversion, f"{where}.from_pretrained: {path}")
+    allocate(model, device)
     parameters = dict(model.named_parameters())
-    for names in _parts(conversion, source, [name for name in parameters if name in conversion.pieces]):
-        tensors = source.read(list(dict.fromkeys(s for name in names for s in conversion.sources(name))))
-        for name in names:
-            parameters[name].copy_(conversion.tensor(name, tensors.__getitem__))
+    loaded = [name for name in parameters if name in conversion.pieces]
+    used = conversion.sources(loaded)
+    _report_casts(source, used, model, path)
+    with ByteProgress(f"loading {path}", sum(parameters[name].nbytes for name in loaded)) as progress:
+        for names in in_runs(conversion, source, loaded):
+            tensors = source.read(conversion.sources(names))
+            for name in names:
+                parameters[name].copy_(conversion.tensor(name, tensors.__getitem__))
+                progress.advance(parameters[name].nbytes)
     for name in parameters.keys() - conversion.pieces.keys():
         parameters[name].zero_()
+    count, read = sum(parameters[name].numel() for name in loaded), sum(map(source.nbytes, used))
+    get_logger().info(
+        f"loaded {len(used):,} tensors, {_count(count)} parameters, {size(read)} from {path} in "
+        f"{progress.seconds:.1f} s"
+    )
 
 
-def _conversion(model: MMDiT, source: WeightSource, where: str) -> Conversion:
-    """From the layout that the files have to the model's. Files with the model's own names are taken as they are."""
-    target = Layout(model.fused_qkv, model.interleaved)
-    found = layout_of(source.shapes) or target
-    if found.fused_qkv == target.fused_qkv:
+def in_runs(conversion: Conversion, source: WeightSource, names: Sequence[str]) -> Iterator[list[str]]:
+    """Target names in runs that need about READ_BYTES of the source, whole tensors each."""
+    run: list[str] = []
+    needed: set[str] = set()
+    for name in names:
+        run.append(name)
+        needed.update(conversion.sources([name]))
+        if sum(map(source.nbytes, needed)) >= READ_BYTES:
+            yield run
+            run, needed = [], set()
+    if run:
+        yield run
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give the parameters of a model on the meta device memory, uninitialised. (`to_empty` imports torch's symbolic
+    shapes for it, which takes longer than reading gigabytes.)"""
+    for name, parameter in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(memory, parameter.requires_grad))
+
+
+def _conversion(model: MMDiT, source: WeightSource, path: Path) -> Conversion:
+    """From the layout that the files have to the model's. Files with the model's own names are taken to have its
+    rotary form too, unless it is known that they don't."""
+    target = Layout("flux" if model.fused_qkv else "open-sora", model.interleaved)
+    found, known = source_layout(source, path)
+    if found is not None and not known and found.naming == target.naming:
         if found != target:
             form = "interleaved" if target.interleaved else "rotate-half"
-            get_logger().warning(f"{where}: its q and k are taken as {form}, as the model's use_liger_rope says")
-        return plan_conversion(source.shapes, target, target)
-    get_logger().info(f"{where}: converting {_describe(found)} to {_describe(target)}")
+            get_logger().warning(f"{path}: its q and k are taken as {form}, as the model's use_liger_rope says")
+        found = target
+    found = found or target
+    if found != target:
+        get_logger().info(f"{path}: converting {describe(found)} to {describe(target)}")
     return plan_conversion(source.shapes, found, target)
-
-
-def _describe(layout: Layout) -> str:
-    rotary = "interleaved" if layout.interleaved else "rotate-half"
-    return f"{'fused' if layout.fused_qkv else 'split'} qkv with {rotary} rotary"
 
 
 def _check_fit(model: MMDiT, source: WeightSource, conversion: Conversion, where: str) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    given = {name: conversion.shape(name, source.shapes) for name in conversion.pieces}
-    missing = [name for name in expected if name not in given]
-    unexpected = [name for name in given if name not in expected]
-    misshaped = [
-        f"{name} {list(given[name])} instead of {list(expected[name])}"
-        for name in expected
-        if name in given and given[name] != expected[name]
-    ]
-    zeroed, missing = _divide(missing, MAY_BE_MISSING)
-    dropped, unexpected = _divide(unexpected, MAY_BE_UNEXPECTED)
-    wrong = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    problems = [f"{len(names)} {kind} ({_first(names)})" for kind, names in wrong.items() if names]
-    if problems:
+    given = conversion.shapes(source.shapes)
+    misfit = Misfit.between(expected, given)
+    zeroed, misfit.missing = _divide(misfit.missing, MAY_BE_MISSING)
+    dropped, misfit.unexpected = _divide(misfit.unexpected, MAY_BE_UNEXPECTED)
+    if str(misfit):
+        raise ValueError(f"{where} does not fit the model: {misfit}{_remedy(model, given, expected)}")
+    used = conversion.sources(name for name in expected if name in given)
+    quantised = [name for name in used if not source.dtypes[name].is_floating_point]
+    if quantised:
         raise ValueError(
-            f"from_pretrained: {where} does not fit the model: {', '.join(problems)}; set the model's settings "
-            "(depth, hidden_size, guidance_embed, ...) to those of the weights"
+            f"{where} holds {len(quantised)} tensors that are no floats ({first_names(quantised)}): give weights in "
+            "bf16, fp16 or fp32, not quantised ones"
         )
     if zeroed:
-        get_logger().info(f"{where}: has no {_first(zeroed)}: set to zero")
+        get_logger().info(f"{where} has no {first_names(zeroed)}: set to zero")
     if dropped:
-        get_logger().info(f"{where}: {_first(dropped)}: not in the model, left out")
+        get_logger().info(f"{where}: {first_names(dropped)}: not in the model, left out")
+
+
+def _remedy(model: MMDiT, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Which settings of the model the weights are not for, as far as shapes tell."""
+    layout = Layout("flux" if model.fused_qkv else "open-sora", model.interleaved)
+    weights, own = (
+        infer_settings(plan_conversion(shapes, layout, OPEN_SORA).shapes(shapes)) for shapes in (given, expected)
+    )
+    others = [f"{name}={value!r}" for name, value in weights.items() if name in own and own[name] != value]
+    return f"; the weights are of a model with {', '.join(others)}" if others else ""
+
+
+def _report_casts(source: WeightSource, names: Sequence[str], model: MMDiT, path: Path) -> None:
+    target = next(model.parameters()).dtype
+    for dtype, count in Counter(source.dtypes[name] for name in names).items():
+        if dtype != target:
+            get_logger().info(f"{path}: {count:,} tensors in {_short(dtype)} are cast to {_short(target)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number:,}"
 
 
 def _divide(names: Sequence[str], prefixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """The names that start with one of the prefixes, and the others."""
     return [n for n in names if n.startswith(prefixes)], [n for n in names if not n.startswith(prefixes)]
-
-
-def _first(names: Sequence[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _parts(conversion: Conversion, source: WeightSource, names: Sequence[str]) -> Iterator[list[str]]:
-    """The names in runs of about READ_ELEMENTS elements."""
-    part: list[str] = []
-    elements = 0
-    for name in names:
-        part.append(name)
-        elements += torch.Size(conversion.shape(name, source.shapes)).numel()
-        if elements >= READ_ELEMENTS:
-            yield part
-            part, elements = [], 0
-    if part:
-        yield part

@@ -9,8 +9,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from opensora.common import get_logger
-from opensora.models.mmdit.convert import FLUX, OPEN_SORA, convert
-from opensora.models.weights import build_model, find_weights, plan_shards, save_shard, write_index
+from opensora.models.mmdit.convert import convert
+from opensora.models.mmdit.layouts import DIFFUSERS, FLUX, LAYOUTS, OPEN_SORA
+from opensora.models.weight_files import open_weights, plan_shards, save_shard, write_index
+from opensora.models.weights import build_model
 
 
 @pytest.fixture
@@ -87,6 +89,50 @@ def as_sharded_folder(tmp_path, state):
     return tmp_path
 
 
+def as_index_of_a_folder(tmp_path, state):
+    return as_sharded_folder(tmp_path, state) / "diffusion.safetensors.index.json"
+
+
+def as_folder_of_torch_shards(tmp_path, state):
+    """As transformers wrote it before safetensors."""
+    names = list(state)
+    torch.save({name: state[name] for name in names[::2]}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: state[name] for name in names[1::2]}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+def as_folder_of_both(tmp_path, state):
+    """Safetensors are taken where there are torch's shards too."""
+    as_folder_of_torch_shards(tmp_path, {name: 0 * tensor for name, tensor in state.items()})
+    return as_sharded_folder(tmp_path, state)
+
+
+def as_diffusers_pipeline(tmp_path, state):
+    """FLUX.1-dev's repository: other files of weights lie beside the folder that is meant."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    for name in ("flux1-dev.safetensors", "ae.safetensors"):
+        save_file({"other": torch.zeros(1)}, tmp_path / name)
+    return as_sharded_folder(tmp_path / "transformer", state).parent
+
+
+def as_upstream_checkpoint(tmp_path, state):
+    """As ColossalAI's plugins write it: total_size in MB, no config.txt of its own, other files beside `model/`."""
+    path = write_checkpoint(tmp_path / "epoch1-global_step20", state)
+    for file in ("lr_scheduler", "sampler", "ema.pt", "master.safetensors"):
+        (path / file).write_bytes(b"")
+    (path / "optimizer").mkdir()
+    (path / "optimizer" / "pytorch_optim.bin.index.json").write_text("{}")
+    return path
+
+
+def as_old_torch_file(tmp_path, state):
+    torch.save(state, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    return tmp_path / "model.pth"
+
+
 def as_folder_with_one_file(tmp_path, state):
     return as_safetensors(tmp_path, state).parent
 
@@ -99,6 +145,12 @@ SOURCES = [
     as_list_of_checkpoints,
     as_sharded_folder,
     as_folder_with_one_file,
+    as_index_of_a_folder,
+    as_folder_of_torch_shards,
+    as_folder_of_both,
+    as_diffusers_pipeline,
+    as_upstream_checkpoint,
+    as_old_torch_file,
 ]
 
 
@@ -194,6 +246,35 @@ def test_unknown_model_setting(small_settings):
         build_model({"type": "flux"}, torch.float32, "cpu", where="img_flux")
 
 
+def test_error_names_the_settings_to_change(tmp_path, small_settings, small_mmdit, state):
+    flux = small_mmdit(fused_qkv=True, use_liger_rope=False).state_dict()
+    for weights in (state, flux):
+        with pytest.raises(ValueError, match=r"^img_flux.from_pretrained: .*with depth=2, depth_single_blocks=3$"):
+            path = as_safetensors(tmp_path, weights)
+            settings = small_settings(depth=3, depth_single_blocks=1, from_pretrained=str(path))
+            build_model(settings, torch.float32, "cpu", where="img_flux")
+
+
+def test_what_was_loaded_is_said(tmp_path, small_settings, state, said):
+    mixed = {name: tensor.half() if "norm" in name else tensor for name, tensor in state.items()}
+    path = as_safetensors(tmp_path, mixed)
+    build_model(small_settings(from_pretrained=str(path)), torch.bfloat16, "cpu")
+    half = sum("norm" in name for name in mixed)
+    size = sum(tensor.nbytes for tensor in mixed.values()) / 2**10
+    assert f"{path}: {half} tensors in float16 are cast to bfloat16" in said.messages
+    assert f"{path}: {len(mixed) - half} tensors in float32 are cast to bfloat16" in said.messages
+    summary = f"loaded {len(mixed)} tensors, 108,176 parameters, {size:.1f} KiB from {path} in "
+    assert said.messages[-1].startswith(summary) and len(said.messages) == 3
+
+
+def test_long_loads_say_how_far_they_are(tmp_path, small_settings, state, said, monkeypatch):
+    monkeypatch.setattr("opensora.models.byte_progress.SECONDS_BETWEEN_LINES", 0)
+    load(tmp_path, state, small_settings())
+    lines = [line for line in said.messages if line.startswith("loading ")]
+    assert len(lines) == len(state)
+    assert "KiB of 422.6 KiB" in lines[0] and lines[-1].endswith("422.6 KiB of 422.6 KiB, 0 s left")
+
+
 # --------------------------------------------------------------------------------------------------- layouts
 
 
@@ -226,13 +307,43 @@ def test_open_sora_file_into_flux_layout(tmp_path, small_settings, small_mmdit, 
 def test_same_layout_is_not_converted(tmp_path, small_settings, small_mmdit, said):
     flux = small_mmdit(fused_qkv=True, use_liger_rope=False).state_dict()
     assert_holds(load(tmp_path, flux, small_settings(fused_qkv=True, use_liger_rope=False)), flux)
-    assert not said.messages
+    assert not any("converting" in line or "taken as" in line for line in said.messages)
 
 
 def test_same_names_with_another_rotary_are_taken_as_they_are(tmp_path, small_settings, small_mmdit, said):
     own = small_mmdit(fused_qkv=True, use_liger_rope=True).state_dict()
     assert_holds(load(tmp_path, own, small_settings(fused_qkv=True, use_liger_rope=True)), own)
     assert any("taken as rotate-half, as the model's use_liger_rope says" in line for line in said.messages)
+
+
+def test_diffusers_file_is_converted(tmp_path, small_settings, small_mmdit, said):
+    model = small_mmdit(guidance_embed=True)
+    diffusers = convert(model.state_dict(), OPEN_SORA, DIFFUSERS)
+    for settings in (small_settings(guidance_embed=True), small_settings(fused_qkv=True, use_liger_rope=False)):
+        expected = convert(diffusers, DIFFUSERS, FLUX if settings["fused_qkv"] else OPEN_SORA)
+        loaded = load(tmp_path, diffusers, settings)
+        assert_holds(loaded, {name: expected[name] for name in loaded.state_dict()})
+    assert any("converting diffusers' names with interleaved rotary to split qkv" in line for line in said.messages)
+    assert any("guidance_in.in_layer.weight" in line and "left out" in line for line in said.messages)
+
+
+def test_marked_file_is_converted_though_its_names_fit(tmp_path, small_settings, small_mmdit):
+    """Names don't tell the rotary form; our own files do."""
+    flux = small_mmdit(fused_qkv=True, use_liger_rope=False).state_dict()
+    expected = convert(flux, FLUX, LAYOUTS["flux-rotate-half"])
+    save_file(flux, tmp_path / "marked.safetensors", metadata={"format": "pt", "layout": "flux"})
+    settings = small_settings(fused_qkv=True, from_pretrained=str(tmp_path / "marked.safetensors"))
+    assert_holds(build_model(settings, torch.float32, "cpu"), expected)
+
+
+@pytest.mark.parametrize("beside", ["checkpoint", "run folder"])
+def test_checkpoint_has_the_layout_of_its_run(tmp_path, small_settings, small_mmdit, beside):
+    state = small_mmdit(fused_qkv=False, use_liger_rope=False).state_dict()
+    path = write_checkpoint(tmp_path / "epoch0-global_step10", state)
+    model = {"fused_qkv": False, "use_liger_rope": False}
+    ((path if beside == "checkpoint" else tmp_path) / "config.txt").write_text(json.dumps({"model": model}))
+    expected = convert(state, LAYOUTS["open-sora-interleaved"], OPEN_SORA)
+    assert_holds(build_model(small_settings(from_pretrained=str(path)), torch.float32, "cpu"), expected)
 
 
 def test_misfits_of_a_converted_file_are_errors_too(tmp_path, small_settings, small_mmdit):
@@ -269,7 +380,7 @@ def test_averaged_weights_are_converted_and_checked(tmp_path, small_settings, sm
 
 
 def test_averaged_weights_are_read_in_parts(tmp_path, small_settings, state, monkeypatch):
-    monkeypatch.setattr("opensora.models.weights.READ_ELEMENTS", 1000)
+    monkeypatch.setattr("opensora.models.weights.READ_BYTES", 4000)
     path = write_checkpoint(tmp_path / "epoch0-global_step10", state, state)
     settings = small_settings(from_pretrained=str(path))
     assert_holds(build_model(settings, torch.float32, "cpu", use_ema=True), state)
@@ -322,9 +433,28 @@ def test_index_that_does_not_fit_its_shards(tmp_path, small_settings, state):
 
 def test_two_indexes(tmp_path, small_settings, state):
     path = as_checkpoint(tmp_path, state)
-    (path / "model" / "other.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="has 2 indexes"):
+    (path / "model" / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"has 2 indexes \(model/model.safetensors.index.json, .*: name the one to load"
+    ):
         build_model(small_settings(from_pretrained=str(path)), torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"other.safetensors.index.json is no index of weights"):
+        open_weights(path / "model" / "other.safetensors.index.json")
+
+
+def test_folder_of_several_files(tmp_path, small_settings, state):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(state, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"2 files of weights and no \*.index.json \(a.safetensors, b.safetensors\): name"
+    ):
+        build_model(small_settings(from_pretrained=str(tmp_path)), torch.float32, "cpu")
+
+
+def test_weights_that_are_no_floats(tmp_path, small_settings, state):
+    quantised = state | {"img_in.weight": state["img_in.weight"].to(torch.int8)}
+    with pytest.raises(ValueError, match=r"holds 1 tensors that are no floats \(img_in.weight\)"):
+        load(tmp_path, quantised, small_settings())
 
 
 def test_not_a_state_dict(tmp_path, small_settings, state):
@@ -339,31 +469,10 @@ def test_not_a_state_dict(tmp_path, small_settings, state):
 def test_nowhere(tmp_path, small_settings, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpts").mkdir()
-    for path in ("./nowhere.safetensors", "ckpts/some/nowhere.safetensors", "outputs/exp"):
+    (tmp_path / "outputs").mkdir()
+    for path in ("./nowhere.safetensors", "ckpts/some/nowhere.safetensors", "outputs/exp", "no/epoch0-global_step1"):
         with pytest.raises(FileNotFoundError, match=f"{path}: no such file or folder"):
             build_model(small_settings(from_pretrained=path), torch.float32, "cpu")
-
-
-def test_hub_name(tmp_path, monkeypatch):
-    """What is asked of the hub, and what is said when it does not answer."""
-    import huggingface_hub
-
-    asked = []
-
-    def download(repository, file):
-        asked.append((repository, file))
-        return str(tmp_path / "downloaded.safetensors")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert find_weights("hpcai-tech/Open-Sora-v2/Open_Sora_v2.safetensors") == tmp_path / "downloaded.safetensors"
-    assert asked == [("hpcai-tech/Open-Sora-v2", "Open_Sora_v2.safetensors")]
-
-    def fail(repository, file):
-        raise ConnectionError("offline\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"hub did not give it \(offline\)"):
-        find_weights("hpcai-tech/Open-Sora-v2/Open_Sora_v2.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------- shards

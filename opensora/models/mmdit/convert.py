@@ -1,4 +1,4 @@
-"""Weights between flux's layout (fused qkv, interleaved rotary) and Open-Sora's (split qkv, rotate-half rotary).
+"""Weights from one layout to another (`layouts.py`).
 
 A tensor of one layout is made of row ranges of tensors of the other, with the rows of q and k permuted within each head
 where the rotary forms differ: rows (2d, 2d+1) of flux are rows (d, D/2+d) of Open-Sora. Nothing is computed, so a
@@ -7,6 +7,7 @@ conversion is exact and a round trip gives the same bits.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -14,28 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opensora.models.mmdit.layouts import Layout, parts_of, tensor_with
 
-class Layout(NamedTuple):
-    """How a state dict holds q, k and v."""
-
-    fused_qkv: bool  # one linear for q, k, v (and the single blocks' MLP), else one each
-    interleaved: bool  # rotary planes (2d, 2d+1), else (d, D/2+d)
-
-
-FLUX = Layout(fused_qkv=True, interleaved=True)
-OPEN_SORA = Layout(fused_qkv=False, interleaved=False)
-
-# A fused linear's name, and the split linears that its rows are. The last one takes the rows that are left.
-_FUSED = {
-    "_attn.qkv.": ("_attn.q_proj.", "_attn.k_proj.", "_attn.v_proj."),
-    ".linear1.": (".q_proj.", ".k_proj.", ".v_mlp."),
-}
 _ROTATED = re.compile(r"\.(q_proj|k_proj)\.(weight|bias)$|\.(query|key)_norm\.scale$")
-_HEAD = ".query_norm.scale"  # a tensor as long as a head
+_HEAD = ".query_norm.scale"  # a part as long as a head
 
 
 class Piece(NamedTuple):
-    """Rows start..stop (to the end if None) of one tensor, `rotated` if they are entries of heads that rotary turns."""
+    """Rows start..stop (to the end if None) of one tensor, `rotated` if rotary turns them in planes of another form."""
 
     source: str
     start: int = 0
@@ -48,8 +35,7 @@ class Conversion(NamedTuple):
 
     pieces: Mapping[str, list[Piece]]
     head_dim: int
-    source: Layout
-    target: Layout
+    to_interleaved: bool  # the form that rotated pieces get
 
     def tensor(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Target tensor `name`; read: source tensors by name. What is not changed is not copied."""
@@ -60,45 +46,41 @@ class Conversion(NamedTuple):
         """The shape of target tensor `name`, by the shapes of the source tensors."""
         pieces = self.pieces[name]
         first = shapes[pieces[0].source]
-        if pieces == [Piece(pieces[0].source)]:
+        if len(pieces) == 1 and _is_whole(pieces[0]):
             return first
         return (sum(len(range(shapes[p.source][0])[p.start : p.stop]) for p in pieces), *first[1:])
 
-    def sources(self, name: str) -> list[str]:
-        """The source tensors that target tensor `name` needs."""
-        return list(dict.fromkeys(piece.source for piece in self.pieces[name]))
+    def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of all target tensors."""
+        return {name: self.shape(name, shapes) for name in self.pieces}
+
+    def sources(self, names: Iterable[str]) -> list[str]:
+        """The source tensors that target tensors need."""
+        return list(dict.fromkeys(piece.source for name in names for piece in self.pieces[name]))
 
     def _part(self, piece: Piece, tensor: Tensor) -> Tensor:
-        rows = tensor if (piece.start, piece.stop) == (0, None) else tensor[piece.start : piece.stop]
-        if not piece.rotated or self.source.interleaved == self.target.interleaved:
+        rows = tensor if _is_whole(piece) else tensor[piece.start : piece.stop]
+        if not piece.rotated:
             return rows
-        planes = (-1, 2) if self.source.interleaved else (2, -1)
+        planes = (2, -1) if self.to_interleaved else (-1, 2)
         heads = rows.unflatten(0, (-1, self.head_dim))  # [H, D, ...]
         return heads.unflatten(1, planes).transpose(1, 2).reshape(rows.shape)  # planes [D/2, 2] <-> [2, D/2]
 
 
-def layout_of(names: Iterable[str]) -> Layout | None:
-    """The layout that a file with these tensors has, by the published files: None if there is no block to tell by."""
-    for name in names:
-        if any(fused in name for fused in _FUSED):
-            return FLUX
-        if ".q_proj." in name:
-            return OPEN_SORA
-    return None
-
-
 def plan_conversion(shapes: Mapping[str, tuple[int, ...]], source: Layout, target: Layout) -> Conversion:
-    """How to make a state dict of layout `target` of one of layout `source` whose tensors have these shapes."""
-    if source == target:
-        return Conversion({name: [Piece(name)] for name in shapes}, 1, source, target)
-    split: dict[str, Piece] = {}  # the tensors of a split layout, as pieces of the source
-    for name in shapes:
-        split.update(_split(name, shapes) if source.fused_qkv else {name: Piece(name)})
-    split = {name: piece._replace(rotated=bool(_ROTATED.search(name))) for name, piece in split.items()}
+    """How to make a state dict of layout `target` of one of layout `source` whose tensors have these shapes.
 
-    pieces = _fuse(split) if target.fused_qkv else {name: [piece] for name, piece in split.items()}
-    head_dim = next((shape[0] for name, shape in shapes.items() if name.endswith(_HEAD)), 1)
-    return Conversion(pieces, head_dim, source, target)
+    Of a file that lacks parts of a tensor, the others keep their own names.
+    """
+    if source == target:
+        return Conversion({name: [Piece(name)] for name in shapes}, 1, target.interleaved)
+    parts: dict[str, Piece] = {}
+    for name in shapes:
+        parts.update(_cut(name, shapes, source.naming))
+    head_dim = next((math.prod(shapes[piece.source]) for part, piece in parts.items() if part.endswith(_HEAD)), 1)
+    if source.interleaved != target.interleaved:
+        parts = {part: piece._replace(rotated=bool(_ROTATED.search(part))) for part, piece in parts.items()}
+    return Conversion(_join(parts, target.naming), head_dim, target.interleaved)
 
 
 def convert(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:
@@ -107,32 +89,41 @@ def convert(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict
     return {name: conversion.tensor(name, state.__getitem__) for name in conversion.pieces}
 
 
-def _split(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
-    weight = re.sub(r"bias$", "weight", name)
-    for fused, (q, k, v) in _FUSED.items():
-        if fused in name and weight in shapes:
-            hidden = shapes[weight][1]  # q and k are as wide as their input
-            return {
-                name.replace(fused, q): Piece(name, 0, hidden),
-                name.replace(fused, k): Piece(name, hidden, 2 * hidden),
-                name.replace(fused, v): Piece(name, 2 * hidden),
-            }
-    return {name: Piece(name)}
+def _cut(name: str, shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict[str, Piece]:
+    """The parts of a tensor: all but the last have as many rows as the linear has inputs, the last what is left."""
+    parts = parts_of(name, naming)
+    if len(parts) == 1:
+        return {parts[0]: Piece(name)}
+    weight = shapes.get(re.sub(r"bias$", "weight", name), ())
+    if len(weight) != 2:
+        return {name: Piece(name)}  # there is no telling where to cut
+    starts = [index * weight[1] for index in range(len(parts))]
+    return {part: Piece(name, *rows) for part, *rows in zip(parts, starts, [*starts[1:], None], strict=True)}
 
 
-def _fuse(split: Mapping[str, Piece]) -> dict[str, list[Piece]]:
+def _join(parts: Mapping[str, Piece], naming: str) -> dict[str, list[Piece]]:
     pieces: dict[str, list[Piece]] = {}
-    for name, piece in split.items():
-        fused, names = _fused_name(name)
-        whole = all(part in split for part in names)  # of an incomplete file, what there is keeps its name
-        pieces[fused if whole else name] = [split[part] for part in names] if whole else [piece]
+    for part, piece in parts.items():
+        tensor = tensor_with(part, naming)
+        needed = parts_of(tensor, naming)
+        if all(other in parts for other in needed):
+            pieces[tensor] = _merge([parts[other] for other in needed])
+        else:
+            pieces[part] = [piece]
     return pieces
 
 
-def _fused_name(name: str) -> tuple[str, list[str]]:
-    """The fused tensor that a split one is part of, and all its parts in order; for others the name itself."""
-    for fused, parts in _FUSED.items():
-        for part in parts:
-            if part in name:
-                return name.replace(part, fused), [name.replace(part, other) for other in parts]
-    return name, [name]
+def _merge(pieces: list[Piece]) -> list[Piece]:
+    """Pieces that follow each other in one tensor as one: then nothing need be copied."""
+    merged = [pieces[0]]
+    for piece in pieces[1:]:
+        last = merged[-1]
+        if (last.source, last.stop, last.rotated) == (piece.source, piece.start, piece.rotated):
+            merged[-1] = last._replace(stop=piece.stop)
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _is_whole(piece: Piece) -> bool:
+    return (piece.start, piece.stop) == (0, None)
