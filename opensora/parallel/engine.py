@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opensora.models.lora import LoraStart, plain_name
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.host import import_colossalai, register_host_accelerator
 from opensora.parallel.shards import ParameterShard
@@ -34,34 +35,46 @@ class Engine:
     Args:
         context: the job.
         model: on the CPU or the device, parameters in `dtype`, equal on all ranks.
-        optimizer: a torch optimizer over `model`'s parameters; ZeRO puts fp32 shards in their place.
+        make_optimizer: a torch optimizer over the trained parameters of the model that it is given; ZeRO puts fp32
+            shards in their place.
         plugin: "zero1" or "zero2".
         plugin_config: the plugin's own settings (`reduce_bucket_size_in_m`, `overlap_allgather`, ...).
         dtype: bfloat16 (with fp32 master weights) or float32.
         grad_clip: the largest global gradient norm; 0 does not clip.
+        lora: adapters that are trained in place of the model's own weights; None trains these.
+
+    Attributes:
+        module: the model, wrapped by peft if adapters are trained. model: the same under the plugin.
+        trains_adapters: whether they are.
     """
 
     def __init__(
         self,
         context: ParallelContext,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         plugin: str,
         plugin_config: Mapping[str, Any],
         dtype: torch.dtype,
         grad_clip: float,
+        lora: LoraStart | None = None,
     ):
         import_colossalai()
         register_host_accelerator()
         from colossalai.booster import Booster
 
-        wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
-        assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"
         self.context = context
-        self.module = model
+        self.trains_adapters = lora is not None
         self._stage = ZERO_STAGES[plugin]
         self._booster = Booster(plugin=self._zero_plugin(plugin_config, dtype, grad_clip))
-        self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        if lora is not None:
+            # peft makes adapters in fp32; as all trained weights they have fp32 masters beside them
+            model = self._booster.enable_lora(model, lora.folder and str(lora.folder), lora.config).to(dtype)
+            model.peft_config["default"].base_model_name_or_path = lora.base  # peft takes it from models it knows
+        wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
+        assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"
+        self.module = model
+        self.model, self.optimizer, *_ = self._booster.boost(model, make_optimizer(model))
 
     def _zero_plugin(self, plugin_config: Mapping[str, Any], dtype: torch.dtype, grad_clip: float):
         from colossalai.booster.plugin import LowLevelZeroPlugin
@@ -116,12 +129,40 @@ class Engine:
             master = masters[id(parameter)]
             start = min(self.context.data_parallel_rank * master.numel(), parameter.numel())
             stop = min(start + master.numel(), parameter.numel())
-            found.append(ParameterShard(name, parameter.shape, start, stop, master))
+            found.append(ParameterShard(plain_name(name), parameter.shape, start, stop, master))
         return found
 
     def optimizer_state(self, shard: ParameterShard) -> dict[str, Any]:
         """The optimizer's state of one shard ("exp_avg", "step", ...); the dict itself, to read or to fill."""
         return self.optimizer.optim.state[shard.master]
+
+    def restore_optimizer_state(self, shard: ParameterShard, saved: Mapping[str, Any]) -> None:
+        """Fill the state of a bitsandbytes optimizer: it makes its tensors itself, paged memory among them.
+
+        Raises:
+            ValueError: `saved` is of other sizes or types than the optimizer's own.
+        """
+        inner = self.optimizer.optim
+        for group_index, group in enumerate(inner.param_groups):
+            for index, master in enumerate(group["params"]):
+                if master is shard.master:
+                    inner.init_state(group, master, group_index, index)
+        state = inner.state[shard.master]
+        for key, value in saved.items():
+            if not torch.is_tensor(value):
+                state[key] = value
+            elif (state[key].shape, state[key].dtype) == (value.shape, value.dtype):
+                state[key].copy_(value)
+            else:
+                raise ValueError(
+                    f"the saved optimizer state {key} of {shard.name} is {list(value.shape)} {value.dtype}, with optim "
+                    f"as it is now {list(state[key].shape)} {state[key].dtype}: set optim as in the checkpoint's "
+                    "config.txt"
+                )
+
+    @property
+    def optimizer_name(self) -> str:
+        return type(self.optimizer.optim).__name__
 
     def wait_for_weights(self) -> None:
         """Return when the weights of the last step have arrived (`overlap_allgather` gathers them behind it)."""

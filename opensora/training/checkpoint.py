@@ -2,8 +2,10 @@
 
     epoch{E}-global_step{S}/
         model/                safetensors shards and index, in the training dtype: what inference loads
+        lora/                 in its place, if adapters are trained: these, as peft reads them
         optimizer/            fp32 masters and moments, torch.distributed.checkpoint
         optimizer_steps.json  the optimizer's numbers by parameter (Adam's step)
+        optimizer_local/      8-bit moments of every rank, in place of those in optimizer/
         ema/                  averaged weights in fp32, torch.distributed.checkpoint (with ema_decay)
         rng/                  generator states of every rank
         sampler.json, running_states.json, config.txt
@@ -26,11 +28,14 @@ import torch
 
 from opensora.checkpoint_folder import folder_name, list_checkpoints
 from opensora.common import get_logger
-from opensora.models.weights import plan_shards, save_shard, write_index
+from opensora.models.lora import save_adapters
+from opensora.models.weight_files import plan_shards, save_shard, write_index
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
-from opensora.parallel.shards import LogicalTensor
+from opensora.parallel.shards import LogicalTensor, ParameterShard
 from opensora.training.ema import ExponentialMovingAverage
+from opensora.training.local_state import FOLDER as LOCAL_STATE
+from opensora.training.local_state import is_local, read_local_state, write_local_state
 from opensora.training.run_folder import TEMPORARY_PREFIX
 from opensora.training.sharded_state import load_tensors, save_tensors, saved_names
 from opensora.training.state import TrainState
@@ -70,8 +75,8 @@ class Checkpointer:
         return final
 
     def load(self, checkpoint: Path) -> None:
-        """Restore masters, moments, averages and generators of this rank. The model's weights are loaded when it is
-        built, from `model/`.
+        """Restore masters, moments, averages and generators of this rank. The model's weights, or its adapters, are
+        loaded when it is built, from `model/` or `lora/`.
 
         Raises:
             ValueError, FileNotFoundError: the checkpoint lacks a part, or is of another model.
@@ -94,54 +99,88 @@ class Checkpointer:
                 f"--load {checkpoint}: it has no optimizer/, so it cannot be resumed; "
                 f"start from its weights with --model.from_pretrained {checkpoint}"
             )
-        kinds = {key.split(".", 1)[0] for key in saved_names(folder)} - {MASTER}
+        self._check_optimizer(checkpoint)
+        local = read_local_state(checkpoint, self.context)
+        saved = saved_names(folder)
+        kinds = {key.split(".", 1)[0] for key in saved} - {MASTER}
         steps = json.loads((checkpoint / "optimizer_steps.json").read_text())
-        for shard in self.engine.shards():
-            state = self.engine.optimizer_state(shard)
+        for shard, state in self._optimizer_states():
+            if shard.name in local:
+                self.engine.restore_optimizer_state(shard, local[shard.name])
+                continue
             for kind in kinds:
-                state[kind] = torch.zeros_like(shard.master)
+                if f"{kind}.{shard.name}" in saved:
+                    state[kind] = torch.zeros_like(shard.master)
             for kind, values in steps.items():
-                state[kind] = torch.tensor(values[shard.name], device=shard.master.device)
+                if shard.name in values:
+                    value = values[shard.name]  # torch counts steps in tensors, bitsandbytes in integers
+                    state[kind] = value if isinstance(value, int) else torch.tensor(value, device=shard.master.device)
         load_tensors(folder, self._optimizer_tensors(), self.context.host_group)
+
+    def _check_optimizer(self, checkpoint: Path) -> None:
+        saved = read_running_states(checkpoint).get("optimizer")
+        if saved not in (None, self.engine.optimizer_name):
+            raise ValueError(
+                f"--load {checkpoint}: its optimizer is {saved}, not {self.engine.optimizer_name}: set --optim.cls "
+                f"{saved}, or start from its weights with --model.from_pretrained {checkpoint}"
+            )
+
+    def _optimizer_states(self) -> list[tuple[ParameterShard, dict[str, Any]]]:
+        return [(shard, self.engine.optimizer_state(shard)) for shard in self.engine.shards()]
 
     def _optimizer_tensors(self) -> dict[str, LogicalTensor]:
         """Masters and moments as "kind.parameter name"."""
         tensors = {}
-        for shard in self.engine.shards():
+        for shard, state in self._optimizer_states():
             tensors[f"{MASTER}.{shard.name}"] = shard.as_logical(shard.master)
-            for kind, value in self.engine.optimizer_state(shard).items():
+            for kind, value in {} if is_local(shard, state) else state.items():
                 if torch.is_tensor(value) and value.shape == shard.master.shape:
                     tensors[f"{kind}.{shard.name}"] = shard.as_logical(value)
         return tensors
 
     def _optimizer_steps(self) -> dict[str, dict[str, float]]:
         steps: dict[str, dict[str, float]] = {}
-        for shard in self.engine.shards():
-            for kind, value in self.engine.optimizer_state(shard).items():
+        for shard, state in self._optimizer_states():
+            for kind, value in {} if is_local(shard, state) else state.items():
                 if not torch.is_tensor(value) or value.shape != shard.master.shape:
-                    steps.setdefault(kind, {})[shard.name] = float(value)
+                    steps.setdefault(kind, {})[shard.name] = value if isinstance(value, int) else float(value)
         return steps
 
     def _write_local(self, folder: Path, state: TrainState, files: Mapping[str, str], running: Mapping) -> None:
         """What this rank writes without the others: its share of the model's shards, its generators."""
         self.engine.wait_for_weights()
-        weights = {name: parameter.detach() for name, parameter in self.engine.module.state_dict().items()}
-        shards = plan_shards(weights)
-        for index in range(self.context.rank, len(shards), self.context.world_size):
-            name, keys = shards[index]
-            save_shard(folder / "model" / name, {key: weights[key] for key in keys})
+        if not self.engine.trains_adapters:
+            self._write_model(folder / "model")
+        elif self.context.is_main:
+            save_adapters(self.engine.module, folder / "lora")
         _write_synced(folder / "rng" / f"rank{self.context.rank}.pt", lambda f: torch.save(_generators(), f))
+        local = {shard.name: held for shard, held in self._optimizer_states() if is_local(shard, held)}
+        if local:
+            (folder / LOCAL_STATE).mkdir(exist_ok=True)
+            _write_synced(folder / LOCAL_STATE / f"rank{self.context.rank}.pt", lambda f: write_local_state(local, f))
         if not self.context.is_main:
             return
-        write_index(folder / "model", weights, shards)
         position = {"epoch": state.epoch, "global_step": state.global_step, "actual_update_step": state.global_step}
         texts = {
             **files,
             "optimizer_steps.json": json.dumps(self._optimizer_steps()),
-            "running_states.json": json.dumps({**position, "samples": state.samples, **running}, indent=1),
+            "running_states.json": json.dumps(
+                {**position, "samples": state.samples, "optimizer": self.engine.optimizer_name, **running}, indent=1
+            ),
         }
         for name, text in texts.items():
             _write_synced(folder / name, lambda f, text=text: f.write(text.encode()))
+
+    def _write_model(self, folder: Path) -> None:
+        """This rank's share of the model's shards; rank 0 writes the index."""
+        weights = {name: parameter.detach() for name, parameter in self.engine.module.state_dict().items()}
+        shards = plan_shards(weights)
+        folder.mkdir(exist_ok=True)
+        for index in range(self.context.rank, len(shards), self.context.world_size):
+            name, keys = shards[index]
+            save_shard(folder / name, {key: weights[key] for key in keys})
+        if self.context.is_main:
+            write_index(folder, weights, shards)
 
     def _everywhere(self, work: Callable[[], None], only_main: bool = False) -> None:
         """Run `work` on all ranks (or rank 0); raise on all of them if it failed on any."""
@@ -176,8 +215,7 @@ def prune(run_folder: Path, keep_n_latest: int | None) -> None:
 def _make_folder(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    for part in ("model", "rng"):
-        (folder / part).mkdir(parents=True)
+    (folder / "rng").mkdir(parents=True)
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -27,9 +27,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {"t5": str(root / "t5"), "clip": str(root / "clip")}
 
 
-def build(folder: str, max_length: int, **settings) -> TextEmbedder:
-    settings = {"type": "text_embedder", "from_pretrained": folder, "max_length": max_length, **settings}
-    return TEXT_ENCODERS.build(settings, where="t5")
+def build(folder: str | Path, max_length: int, dtype=torch.float32, **settings) -> TextEmbedder:
+    settings = {"type": "text_embedder", "from_pretrained": str(folder), "max_length": max_length, **settings}
+    return TEXT_ENCODERS.build(settings, where="t5", dtype=dtype, device="cpu")
 
 
 def test_t5_is_the_last_hidden_state_without_a_mask(folders):
@@ -65,9 +65,22 @@ def test_a_batch_equals_one_at_a_time(folders, kind):
     torch.testing.assert_close(embedder(PROMPTS), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_dtype_follows_the_weights(folders):
-    assert build(folders["t5"], 16)(["a red circle"]).dtype == torch.float32
-    assert build(folders["t5"], 16).to(torch.bfloat16)(["a red circle"]).dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_in_a_dtype_is_casting_to_it(folders, kind, dtype):
+    loaded, cast = build(folders[kind], 16, dtype), build(folders[kind], 16).to(dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype} and not any(p.requires_grad for p in loaded.parameters())
+    embedding = loaded(PROMPTS)
+    assert embedding.dtype == dtype and torch.equal(embedding, cast(PROMPTS))
+
+
+def test_fp16_keeps_what_leaves_its_range(folders):
+    embedder = build(folders["t5"], 16, torch.float16)
+    kept = {name for name, p in embedder.encoder.named_parameters() if p.dtype == torch.float32}
+    assert kept and all(name.endswith("wo.weight") for name in kept)
+    embedding, exact = embedder(PROMPTS), build(folders["t5"], 16)(PROMPTS)
+    assert embedding.dtype == torch.float16
+    torch.testing.assert_close(embedding.float(), exact, atol=1e-2, rtol=1e-2)
 
 
 def test_cut_texts_are_counted_and_reported_once(folders, monkeypatch):
@@ -83,6 +96,7 @@ def test_cut_texts_are_counted_and_reported_once(folders, monkeypatch):
     first = embedder.tokens_cut
     embedder(["a red circle moving left. 12 FPS."])
     assert embedder.tokens_cut == 2 * first and len(lines) == 1
+    assert (embedder.texts_seen, embedder.texts_cut) == (4, 2)
     assert embedder.tokenize(["a red circle moving left. 12 FPS."])[0, -1] == 1  # the end of text is kept
 
 
@@ -130,7 +144,7 @@ def test_missing_weights_are_an_error(folders, tmp_path, kind, name):
 
 
 def test_settings_that_cannot_be(folders):
-    with pytest.raises(ValueError, match="shardformer=True is not available"):
-        build(folders["t5"], 16, shardformer=True)
+    with pytest.raises(ValueError, match=r"shardformer=True is for T5, and '.*' is a 'clip_text_model'"):
+        build(folders["clip"], 16, shardformer=True)
     with pytest.raises(ValueError, match="max_length=78 is beyond the 77 positions"):
         build(folders["clip"], 78)

@@ -1,5 +1,6 @@
 """Text encoders by name (`TEXT_ENCODERS`)."""
 
-from opensora.models.text.embedder import TextEmbedder, text_width
+from opensora.models.text.embedder import TextEmbedder, cut_summary
+from opensora.models.text.loading import text_width
 
-__all__ = ["TextEmbedder", "text_width"]
+__all__ = ["TextEmbedder", "cut_summary", "text_width"]

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from opensora.common import get_logger
+from opensora.models.text.loading import POOLED, load_encoder, load_tokenizer, positions_of, text_config, width_of
 from opensora.registry import TEXT_ENCODERS
-
-POOLED = {
-    "t5": False,
-    "clip": True,
-    "clip_text_model": True,
-}  # by config.json's model_type: one vector per text or token
 
 
 @TEXT_ENCODERS.register("text_embedder")
@@ -24,9 +17,12 @@ class TextEmbedder(nn.Module):
     Args:
         from_pretrained: a folder in the layout of the Hugging Face hub, or a hub id ("google/t5-v1_1-xxl"). The
             `model_type` of its config.json says whether it is T5 or CLIP.
-        max_length: every caption is padded or cut to this number of tokens. `tokens_cut` counts what was cut off, and
-            the first time is reported.
-        shardformer: spread the encoder over tensor-parallel ranks: not available in this version.
+        max_length: every caption is padded or cut to this number of tokens. The first cut is reported, and all are
+            counted in `texts_seen`, `texts_cut` and `tokens_cut`.
+        shardformer: run T5 with the fused operations of ColossalAI's Shardformer: the same embeddings. Who builds the
+            embedder applies it (`parallel.shardformer`): here it is a setting only.
+        dtype: of the weights and the embeddings. Loaded in it straight away; for bf16 and fp32 that equals casting
+            the fp32 weights.
 
     No attention mask is used, as in the training of the published weights: T5 attends to its padding. (CLIP is causal:
     what follows the end of the text does not reach the pooled state.)
@@ -42,21 +38,27 @@ class TextEmbedder(nn.Module):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
-        if shardformer:
-            raise ValueError("shardformer=True is not available in this version: set it to False")
         config = text_config(from_pretrained)
         self.pooled = POOLED[config.model_type]
         self.width = width_of(config)
         self.max_length = max_length
-        self.tokens_cut = 0
-        self.tokenizer = load_tokenizer(from_pretrained)
-        self.encoder = load_encoder(from_pretrained, self.pooled)
-        if self.pooled and max_length > self.encoder.config.max_position_embeddings:
-            limit = self.encoder.config.max_position_embeddings
+        self.shardformer = shardformer
+        self.texts_seen = self.texts_cut = self.tokens_cut = 0
+        if shardformer and self.pooled:
             raise ValueError(
-                f"max_length={max_length} is beyond the {limit} positions of '{from_pretrained}': lower it"
+                f"shardformer=True is for T5, and '{from_pretrained}' is a '{config.model_type}': set it to False"
             )
-        self.to(device=device, dtype=dtype)
+        if self.pooled and max_length > (positions := positions_of(config)):
+            raise ValueError(
+                f"max_length={max_length} is beyond the {positions} positions of '{from_pretrained}': lower it"
+            )
+        self.tokenizer = load_tokenizer(from_pretrained, self.pooled)
+        self.encoder = load_encoder(from_pretrained, self.pooled, dtype, device)
+        if len(self.tokenizer) > self.encoder.config.vocab_size:
+            raise ValueError(
+                f"from_pretrained='{from_pretrained}': its tokenizer has {len(self.tokenizer)} tokens, its weights "
+                f"only {self.encoder.config.vocab_size}: they are not of one model"
+            )
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> Tensor:
@@ -74,65 +76,17 @@ class TextEmbedder(nn.Module):
 
     def _count_cut(self, texts: list[str], lengths: list[int]) -> None:
         cut = [max(0, length - self.max_length) for length in lengths]
-        if any(cut) and not self.tokens_cut:
+        if any(cut) and not self.texts_cut:
             first = next(index for index, number in enumerate(cut) if number)
             get_logger().warning(
-                "a caption has %d tokens, max_length=%d: the rest is cut off, here and in further captions: %.60s...",
-                lengths[first], self.max_length, texts[first],
+                "%s: a text has %d tokens, max_length=%d: the rest is cut off, here and in further texts: %.60s...",
+                "CLIP" if self.pooled else "T5", lengths[first], self.max_length, texts[first],
             )  # fmt: skip
+        self.texts_seen += len(texts)
+        self.texts_cut += sum(number > 0 for number in cut)
         self.tokens_cut += sum(cut)
 
 
-def text_width(from_pretrained: str) -> int:
-    """The width of a text encoder's embeddings, from its config.json alone."""
-    return width_of(text_config(from_pretrained))
-
-
-def width_of(config: Any) -> int:
-    if config.model_type == "t5":
-        return config.d_model
-    return getattr(config, "text_config", config).hidden_size
-
-
-def text_config(from_pretrained: str) -> Any:
-    """The transformers config of a folder or hub id; FileNotFoundError or ValueError if it is not a T5 or CLIP."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(from_pretrained)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"from_pretrained='{from_pretrained}' is neither a folder with the config.json of a text encoder nor a "
-            "model that the Hugging Face hub gave: download it first (ckpts/README.md)"
-        ) from error
-    if config.model_type not in POOLED:
-        raise ValueError(
-            f"from_pretrained='{from_pretrained}' is a '{config.model_type}': give one of {', '.join(POOLED)}"
-        )
-    return config
-
-
-def load_tokenizer(from_pretrained: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(from_pretrained)
-
-
-def load_encoder(from_pretrained: str, pooled: bool) -> nn.Module:
-    """The encoder in fp32; ValueError if a weight is missing (transformers would draw it at random)."""
-    from transformers import CLIPTextModel, T5EncoderModel
-    from transformers.utils import logging
-
-    cls = CLIPTextModel if pooled else T5EncoderModel
-    logging.disable_progress_bar()  # one for each rank, otherwise
-    try:
-        encoder, report = cls.from_pretrained(from_pretrained, output_loading_info=True)
-    finally:
-        logging.enable_progress_bar()
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"from_pretrained='{from_pretrained}' lacks {len(missing)} weights of {cls.__name__}, the first "
-            f"'{missing[0]}': download it again (ckpts/README.md)"
-        )
-    return encoder.float().eval().requires_grad_(False)
+def cut_summary(where: str, max_length: int, seen: int, cut: int, tokens: int) -> str:
+    """What a user is told at the end: of `seen` texts, `cut` were too long, by `tokens` tokens together."""
+    return f"{where}: {cut} of {seen} texts had more than max_length={max_length} tokens: {tokens} tokens were cut off"

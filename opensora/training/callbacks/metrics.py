@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
+
 from opensora.common import get_logger
+from opensora.models.text import cut_summary
 from opensora.training.callbacks.base import Callback
 from opensora.training.run_folder import METRICS_FILE, REJECTED_FILE
 from opensora.training.state import UpdateMetrics
@@ -48,6 +51,17 @@ class RejectedSamples(Callback):
             self._warned = True
         with open(self._path, "a") as file:
             file.writelines(json.dumps(rejected) + "\n" for rejected in batch.rejected)
+
+
+class CutCaptions(Callback):
+    """Says at the end of a run how many captions were longer than their encoder's `max_length`, over all ranks."""
+
+    def on_end(self, trainer) -> None:
+        for name, encoder in (("t5", trainer.step.t5), ("clip", trainer.step.clip)):
+            counts = torch.tensor([encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut])
+            seen, cut, tokens = trainer.context.sum(counts.to(trainer.context.device)).tolist()
+            if cut:
+                get_logger().info(cut_summary(name, encoder.max_length, seen, cut, tokens))
 
 
 def scalars(metrics: UpdateMetrics) -> dict[str, float]:
