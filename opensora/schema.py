@@ -84,13 +84,13 @@ class Node:
     @property
     def is_section(self) -> bool:
         """Whether the setting is a dict whose keys are settings themselves."""
-        return self.registry is not None or dataclasses.is_dataclass(self.annotation)
+        return self.registry is not None or dataclasses.is_dataclass(strip_none(self.annotation))
 
     def children(self, value: Any = None) -> dict[str, Node]:
         """The settings of a section, by key. For a component they depend on the type that `value` selects; without
         one, its selector and what its builder takes is all that is known."""
         if self.registry is None:
-            return self._fields_of(self.annotation)
+            return self._fields_of(strip_none(self.annotation))
         children = {self.selector: Node(f"{self.name}.{self.selector}", str)}
         if isinstance(value, Mapping) and value.get(self.selector) in self.registry.names():
             children |= self._arguments_of(value[self.selector])

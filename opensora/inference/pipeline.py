@@ -17,8 +17,10 @@ from opensora.inference.output import to_uint8
 from opensora.inference.references import read_span
 from opensora.inference.sampler import Sampler, SamplerOptions, TextEmbedding
 from opensora.inference.size import SampleSize
+from opensora.models.compilation import compile_blocks
 from opensora.models.frozen import build_frozen
 from opensora.models.weights import build_model
+from opensora.parallel.shardformer import apply_shardformer
 from opensora.registry import AUTOENCODERS, TEXT_ENCODERS
 
 
@@ -64,19 +66,26 @@ class Pipeline:
         self.takes_references = model.cond_embed
 
     @classmethod
-    def from_config(cls, cfg, size: SampleSize, weights: Path | None, device: torch.device) -> Pipeline:
+    def from_config(
+        cls, cfg, size: SampleSize, weights: Path | None, lora: Path | None, device: torch.device
+    ) -> Pipeline:
         """Build and load what `cfg` names, ready to sample on `device`.
 
         weights: where `model.from_pretrained` was found; None draws the model's initial weights.
+        lora: adapters to merge into them.
         """
         dtype = to_torch_dtype(cfg.dtype)
 
         torch.manual_seed(cfg.seed)  # initial weights are those that training with this seed starts from
         model_settings = {**cfg.model, "from_pretrained": weights and str(weights)}
+        model = build_model(model_settings, dtype, device, cfg.use_ema, lora=lora, lora_scale=cfg.lora_scale)
+        model.eval().requires_grad_(False)
+        if cfg.model.compile:
+            compile_blocks(model)
         return cls(
-            build_model(model_settings, dtype, device, use_ema=cfg.use_ema).eval().requires_grad_(False),
+            model,
             build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device),
-            build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device),
+            apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device)),
             build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
             options=SamplerOptions.from_config(cfg.sampling_option),
             size=size,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from opensora.checkpoint_folder import resolve_checkpoint
 from opensora.common import get_logger
 from opensora.diffusion.random import derive_seed
 from opensora.inference.output import output_folder, sample_suffix, save_sample
@@ -17,8 +18,8 @@ from opensora.inference.pipeline import Pipeline, Request
 from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
 from opensora.inference.references import check_references
 from opensora.inference.size import Compression, SampleSize
-from opensora.models.weight_files import open_averages
-from opensora.models.weights import find_weights
+from opensora.models.sources import find_weights, open_model
+from opensora.models.text import cut_summary
 from opensora.registry import AUTOENCODERS, DATASETS
 
 
@@ -37,11 +38,13 @@ class Plan:
 
     Attributes:
         weights: the file or checkpoint that `model.from_pretrained` means, if it is set.
+        lora: the adapters to merge into them, if there are.
     """
 
     size: SampleSize
     jobs: list[Job]
     weights: Path | None
+    lora: Path | None
 
 
 def make_plan(cfg) -> Plan:
@@ -65,24 +68,26 @@ def make_plan(cfg) -> Plan:
     missing = [job for job in jobs if not job.path.exists()]
     if len(missing) < len(jobs):
         get_logger().info(f"{len(jobs) - len(missing)} of {len(jobs)} samples are in {folder} already: skipped")
-    return Plan(size, missing, locate_weights(cfg))
+    return Plan(size, missing, *locate_weights(cfg))
 
 
-def locate_weights(cfg) -> Path | None:
-    """What `model.from_pretrained` means, on this machine.
+def locate_weights(cfg) -> tuple[Path | None, Path | None]:
+    """What `model.from_pretrained` and `lora` mean, on this machine.
 
     Raises:
-        FileNotFoundError: it is nowhere. ValueError, FileNotFoundError: use_ema=True, but it has no averaged weights.
+        FileNotFoundError: they are nowhere. ValueError, FileNotFoundError: they don't go together, or use_ema=True, but
+            there are no averaged weights.
     """
     if not cfg.model.get("from_pretrained"):
-        if cfg.use_ema:
-            raise ValueError("use_ema=True needs a checkpoint: set --model.from-pretrained outputs/EXP")
+        for name in ("use_ema", "lora"):
+            if cfg[name]:
+                raise ValueError(f"{name}={cfg[name]} needs weights: set --model.from-pretrained outputs/EXP or a file")
         get_logger().warning("model.from_pretrained is not set: sampling from a model with random weights")
-        return None
-    weights = find_weights(cfg.model.from_pretrained)
-    if cfg.use_ema:
-        open_averages(weights)
-    return weights
+        return None, None
+    weights, lora = find_weights(cfg.model.from_pretrained), cfg.lora and resolve_checkpoint(cfg.lora)
+    if cfg.use_ema or lora:
+        open_model(weights, cfg.use_ema, lora)
+    return weights, lora
 
 
 def read_prompts(cfg) -> list[Prompt]:
@@ -111,7 +116,7 @@ def sample_all(cfg, context) -> None:
         get_logger().info("nothing to sample")
         return
     get_logger().info(f"{len(plan.jobs)} samples go to {plan.jobs[0].path.parent}")
-    pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, context.device)
+    pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, plan.lora, context.device)
     mine = plan.jobs[context.rank :: context.world_size]
     done = 0
     with step_progress(mine, cfg, shown=context.rank == 0) as on_step:
@@ -122,6 +127,14 @@ def sample_all(cfg, context) -> None:
             done += len(batch)
             if not sys.stderr.isatty():
                 get_logger().info(f"{done} of {len(mine)} samples done")
+    _report_cut_texts(pipeline)
+
+
+def _report_cut_texts(pipeline: Pipeline) -> None:
+    for name, encoder in (("t5", pipeline.t5), ("clip", pipeline.clip)):
+        if encoder.texts_cut:
+            counts = encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut
+            get_logger().warning(cut_summary(name, encoder.max_length, *counts))
 
 
 def to_request(job: Job, cfg, size: SampleSize) -> Request:

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 import opensora.inference.prompts
 import opensora.models  # noqa: F401  registers the components
+from opensora.common import to_torch_dtype
 from opensora.data.aspect import resolution_sizes
 from opensora.diffusion.conditions import check_condition
 from opensora.inference.sampler import SamplerOptions
 from opensora.inference.size import Compression, SampleSize
-from opensora.models.text.embedder import text_width
+from opensora.models.requirements import missing_requirements
+from opensora.models.text import text_width
 from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS
 from opensora.schema import ABSENT, setting
 from opensora.settings import (
@@ -26,10 +28,10 @@ from opensora.settings import (
     check_latents,
     check_model,
     check_plugin,
+    check_shardformer,
     check_text_widths,
     check_weights,
     get,
-    planned,
     raise_unavailable,
 )
 
@@ -67,6 +69,12 @@ class InferenceSettings:
     t5: dict = setting(doc="encoder of the text's tokens", registry=TEXT_ENCODERS)
     clip: dict = setting(doc="encoder of the text's vector", registry=TEXT_ENCODERS)
     use_ema: bool = setting(False, "take the checkpoint's averaged weights")
+    lora: str | list[str] | None = setting(
+        None,
+        "adapters on model.from_pretrained: a checkpoint of a run with lora_config, or a folder of peft",
+        several=True,
+    )
+    lora_scale: float = setting(1.0, "how strongly adapters are applied: 0 not at all, 1 as they were trained")
 
     # ---- what is drawn
     prompt: str | list[str] | None = setting(None, "what to show")
@@ -111,6 +119,7 @@ class InferenceSettings:
     # Settings that stand for another one: giving either is the same.
     aliases: ClassVar[dict[str, str]] = {
         "ckpt_path": "model.from_pretrained",
+        "compile": "model.compile",
         **{
             name: f"sampling_option.{name}"
             for name in ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img")
@@ -123,6 +132,7 @@ LEAST = {
     "crf": 0,
     "end_index": 0,
     "fps_save": 1,
+    "lora_scale": 0,
     "num_sample": 1,
     "sampling_option.flow_shift": 0,
     "sampling_option.guidance": 0,
@@ -153,6 +163,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     check_latents(cfg["model"], cfg["ae"])
     check_plugin(cfg, world_size)
     check_plugin(cfg, world_size, "plugin_ae")
+    check_shardformer(cfg)
     _check_size(cfg)
     _check_prompts(cfg)
     if cfg["use_t2i2v"]:
@@ -195,15 +206,10 @@ def require_available(cfg: Mapping[str, Any]) -> None:
         for where in ("plugin", "plugin_ae")
         if cfg[where] == "hybrid"
     ]
-    for section, registry in (("model", MODELS), ("ae", AUTOENCODERS), ("t5", TEXT_ENCODERS), ("clip", TEXT_ENCODERS)):
-        reasons += planned(registry, cfg[section], section)
-        if cfg[section].get("shardformer"):
-            reasons.append(
-                f"{section}.shardformer=True is not available in this version: set --{section}.shardformer False"
-            )
     for name in ("use_t2i2v", "refine_prompt", "offload"):
         if cfg[name]:
             reasons.append(f"{name}=True is not available in this version: set --{name.replace('_', '-')} False")
+    reasons += missing_requirements(cfg["model"], to_torch_dtype(cfg["dtype"]))
     raise_unavailable(reasons)
 
 

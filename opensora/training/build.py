@@ -13,10 +13,16 @@ from opensora.data.bucket import BucketTable
 from opensora.data.loader import build_loader
 from opensora.data.sampler import BucketSampler
 from opensora.models.activation import checkpoint_blocks
+from opensora.models.compilation import compile_blocks
 from opensora.models.frozen import build_frozen
+from opensora.models.lora import LoraStart, base_of
+from opensora.models.offload import offload_inputs
+from opensora.models.sources import find_weights
 from opensora.models.weights import build_model
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
+from opensora.parallel.offload import HostBuffer
+from opensora.parallel.shardformer import apply_shardformer
 from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS
 from opensora.training.optim import build_optimizer
 from opensora.training.step import FlowMatchingStep
@@ -40,9 +46,11 @@ def build_data(cfg, context: ParallelContext) -> tuple[BucketSampler, DataLoader
 
 def build_step(cfg, device: torch.device) -> FlowMatchingStep:
     dtype = to_torch_dtype(cfg.dtype)
+    autoencoder = build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device)
+    autoencoder.drop_decoder()
     return FlowMatchingStep(
-        build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device),
-        build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device),
+        autoencoder,
+        apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device)),
         build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
         device=device,
         dtype=dtype,
@@ -56,12 +64,41 @@ def build_step(cfg, device: torch.device) -> FlowMatchingStep:
 def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engine:
     """The trained model, from `checkpoint`, `model.from_pretrained` or from scratch, under its optimizer and plugin."""
     dtype = to_torch_dtype(cfg.dtype)
-    settings = dict(cfg.model)
-    if checkpoint is not None:
-        settings["from_pretrained"] = str(checkpoint)
+    settings = {**cfg.model, "from_pretrained": _weights(cfg, checkpoint)}
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model: nn.Module = build_model(settings, dtype, context.device)
+    recomputed = []
     if cfg.grad_checkpoint:
-        checkpoint_blocks(model, settings.get("grad_ckpt_settings"))
-    optimizer = build_optimizer(model.parameters(), cfg.optim)
-    return Engine(context, model.train(), optimizer, cfg.plugin, cfg.plugin_config, dtype, cfg.grad_clip)
+        recomputed = checkpoint_blocks(model, cfg.model.grad_ckpt_settings, cfg.model.grad_ckpt_policy)
+    if cfg.model.compile:
+        compile_blocks(model)
+    if recomputed and cfg.grad_ckpt_buffer_size:
+        offload_inputs(recomputed, HostBuffer(cfg.grad_ckpt_buffer_size, context.device))
+    return Engine(
+        context,
+        model.train(),
+        lambda trained: build_optimizer(trained.parameters(), cfg.optim),
+        cfg.plugin,
+        cfg.plugin_config,
+        dtype,
+        cfg.grad_clip,
+        lora=_lora(cfg, settings["from_pretrained"], checkpoint),
+    )
+
+
+def _weights(cfg, checkpoint: Path | None) -> str | None:
+    """What the model's weights are loaded from; beside a checkpoint's adapters, what these were trained on."""
+    if checkpoint is not None and cfg.lora_config is None:
+        return str(checkpoint)
+    if cfg.lora_config is None or not cfg.model.from_pretrained:
+        return cfg.model.from_pretrained
+    base = checkpoint and base_of(checkpoint)
+    return str(base or find_weights(cfg.model.from_pretrained).resolve())
+
+
+def _lora(cfg, base: str, checkpoint: Path | None) -> LoraStart | None:
+    if cfg.lora_config is None:
+        return None
+    if checkpoint is not None:
+        return LoraStart.of_checkpoint(checkpoint, base)
+    return LoraStart.new(cfg.lora_config, cfg.model.get("fused_qkv", True), base)

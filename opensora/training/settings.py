@@ -7,16 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
+from typing import Any, ClassVar, Literal
 
 import opensora.data.loader
 import opensora.models  # noqa: F401  registers the components
+from opensora.common import to_torch_dtype
 from opensora.data.aspect import resolution_sizes
 from opensora.diffusion.conditions import check_condition_config
-from opensora.models.text.embedder import text_width
-from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS, Registry
+from opensora.models.lora import check_targets, targets_of
+from opensora.models.requirements import missing_requirements
+from opensora.models.text import text_width
+from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS
 from opensora.schema import ABSENT, setting
 from opensora.settings import (
     ModelBuilding,
@@ -27,26 +28,18 @@ from opensora.settings import (
     check_latents,
     check_model,
     check_plugin,
+    check_shardformer,
     check_text_widths,
     check_weights,
     get,
-    planned,
     raise_unavailable,
 )
-from opensora.training.optim import FUSED_ADAMW_NAMES, optimizer_class
+from opensora.training.optim import OptimizerRegistry, takes_weight_decay
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 
 
-def _optimizers() -> Registry:
-    registry = Registry("optimizer", supplied=("params",))
-    for name in (*FUSED_ADAMW_NAMES, *torch.optim.__all__):
-        if isinstance(getattr(torch.optim, name, torch.optim.AdamW), type) and name != "Optimizer":
-            registry.register(name)(optimizer_class(name))
-    return registry
-
-
-OPTIMIZERS = _optimizers()
+OPTIMIZERS = OptimizerRegistry()
 
 
 @dataclass(kw_only=True)
@@ -54,6 +47,7 @@ class OptimizerSettings:
     """What `optim` takes beside the arguments of the optimizer that `cls` names."""
 
     lr: float = setting(doc="learning rate")
+    no_decay_norms_and_biases: bool = setting(ABSENT, "leave vectors (scales of norms, biases) out of the weight decay")
     adamw_mode: bool = setting(ABSENT, legacy="weight decay is always decoupled from the gradient")
 
 
@@ -63,6 +57,20 @@ class DropoutRatio:
 
     t5: float = setting(0.0, "of the T5 tokens")
     clip: float = setting(0.0, "of the CLIP vector")
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters, with the names and defaults of peft's LoraConfig."""
+
+    r: int = setting(8, "rank of the adapters")
+    lora_alpha: int = setting(8, "their scale is lora_alpha / r")
+    lora_dropout: float = setting(0.0, "probability that an adapter's input is dropped")
+    target_modules: list[str] | None = setting(
+        None, "ends of the names of the linear layers that get one; None: all into and out of attention"
+    )
+    use_rslora: bool = setting(False, "the scale is lora_alpha / sqrt(r)")
+    init_lora_weights: bool | Literal["gaussian"] = setting(True, "True: uniform, as linear layers are; or gaussian")
 
 
 @dataclass(kw_only=True)
@@ -110,7 +118,9 @@ class TrainSettings:
     grad_clip: float | None = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
     accumulation_steps: int = setting(1, "micro-batches of a rank in one update")
     ema_decay: float | None = setting(None, "keep an exponential moving average of the weights, e.g. 0.9999")
-    lora_config: dict[str, Any] | None = setting(None, "train low-rank adapters (a later version)")
+    lora_config: LoraSettings | None = setting(
+        None, 'train low-rank adapters of model.from_pretrained, not its weights, e.g. "dict(r=16, lora_alpha=16)"'
+    )
     update_warmup_steps: bool = setting(ABSENT, legacy="the learning rate follows from the update's number")
 
     # ---- precision, memory, devices
@@ -119,7 +129,9 @@ class TrainSettings:
     plugin_config: PluginSettings = setting(doc="arguments of the plugin")
     grad_checkpoint: bool = setting(True, "recompute blocks in the backward pass, as model.grad_ckpt_settings says")
     grad_ckpt_settings: tuple[int, int] | None = setting(None, "stands for model.grad_ckpt_settings")
-    grad_ckpt_buffer_size: int = setting(0, "bytes of pinned memory for offloaded activations (a later version)")
+    grad_ckpt_buffer_size: int = setting(
+        0, "bytes of page-locked host memory, per process, in which recomputed blocks' inputs wait; 0: on the device"
+    )
     dist_timeout: float = setting(1800.0, "seconds after which a rank that waits for the others gives up")
 
     # ---- the run
@@ -166,6 +178,8 @@ LEAST = {
     "grad_clip": 0,
     "keep_n_latest": 1,
     "log_every": 1,
+    "lora_config.lora_alpha": 1,
+    "lora_config.r": 1,
     "max_steps": 0,
     "num_workers": 0,
     "optim.eps": 0,
@@ -193,7 +207,10 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     check_model(cfg["model"])
     check_latents(cfg["model"], cfg["ae"])
     check_plugin(cfg, world_size)
+    check_shardformer(cfg)
     _check_optimization(cfg)
+    _check_lora(cfg)
+    _check_offload(cfg)
     _check_buckets(cfg)
     _check_conditions(cfg)
     _check_table(get(cfg, "dataset.data_path"))
@@ -205,6 +222,8 @@ def _check_optimization(cfg: Mapping[str, Any]) -> None:
     for beta in cfg["optim"].get("betas", ()):
         if not 0 <= beta < 1:
             raise ValueError(f"optim.betas={tuple(cfg['optim']['betas'])} must be in [0, 1)")
+    if cfg["optim"].get("no_decay_norms_and_biases") and not takes_weight_decay(cfg["optim"]["cls"]):
+        raise ValueError(f"optim.no_decay_norms_and_biases=True: optim.cls='{cfg['optim']['cls']}' decays no weights")
     if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
         raise ValueError(f"ema_decay={cfg['ema_decay']} must be between 0 and 1, e.g. 0.9999; None keeps no average")
     if not cfg["dist_timeout"] > 0:
@@ -212,6 +231,41 @@ def _check_optimization(cfg: Mapping[str, Any]) -> None:
     for encoder, probability in cfg["dropout_ratio"].items():
         if not 0 <= probability <= 1:
             raise ValueError(f"dropout_ratio.{encoder}={probability} must be a probability, 0 to 1")
+
+
+def _check_lora(cfg: Mapping[str, Any]) -> None:
+    lora = cfg["lora_config"]
+    if lora is None:
+        return
+    if not cfg["model"].get("from_pretrained"):
+        raise ValueError(
+            "lora_config needs weights to adapt: set --model.from-pretrained FILE (also to go on with --load)"
+        )
+    if not 0 <= lora["lora_dropout"] < 1:
+        raise ValueError(f"lora_config.lora_dropout={lora['lora_dropout']} must be at least 0 and below 1")
+    check_targets(targets_of(lora, cfg["model"].get("fused_qkv", True)), cfg["model"])
+
+
+def _check_offload(cfg: Mapping[str, Any]) -> None:
+    """What is offloaded is what recomputed blocks keep, so there have to be some."""
+    size, model = cfg["grad_ckpt_buffer_size"], cfg["model"]
+    if not size:
+        return
+    if not cfg["grad_checkpoint"]:
+        why, remedy = "grad_checkpoint=False", "set --grad-checkpoint True"
+    elif model["grad_ckpt_policy"] != "full" and not _recomputed_blocks(model):
+        why, remedy = f"model.grad_ckpt_settings={model['grad_ckpt_settings']}", "raise --grad-ckpt-settings"
+    else:
+        return
+    raise ValueError(
+        f"grad_ckpt_buffer_size={size} is for the inputs of recomputed blocks, and {why} recomputes none: "
+        f"{remedy}, or --grad-ckpt-buffer-size 0"
+    )
+
+
+def _recomputed_blocks(model: Mapping[str, Any]) -> int:
+    depths, counts = (model["depth"], model["depth_single_blocks"]), model["grad_ckpt_settings"]
+    return sum(depths) if counts is None else sum(map(min, depths, counts))
 
 
 def _check_buckets(cfg: Mapping[str, Any]) -> None:
@@ -259,17 +313,9 @@ def require_available(cfg: Mapping[str, Any]) -> None:
             "plugin='hybrid': tensor and sequence parallelism are not available in this version: "
             f'set --plugin zero2 --plugin_config "{kept}"'
         )
-    for section, registry in (("model", MODELS), ("ae", AUTOENCODERS), ("t5", TEXT_ENCODERS), ("clip", TEXT_ENCODERS)):
-        reasons += planned(registry, cfg[section], section)
-        if cfg[section].get("shardformer"):
-            reasons.append(
-                f"{section}.shardformer=True is not available in this version: set --{section}.shardformer False"
-            )
     later = {
         "dataset.memory_efficient": "set --dataset.memory-efficient False",
-        "lora_config": "leave it out: all weights are trained",
         "async_io": "set --async-io False: checkpoints are written before the next step",
-        "grad_ckpt_buffer_size": "set --grad-ckpt-buffer-size 0: blocks are recomputed, nothing is offloaded",
     }
     reasons += [
         f"{name}={get(cfg, name)} is not available in this version: {remedy}"
@@ -280,6 +326,7 @@ def require_available(cfg: Mapping[str, Any]) -> None:
         reasons.append(
             f"dtype='{cfg['dtype']}' is not available for training in this version: set --dtype bf16 or fp32"
         )
+    reasons += missing_requirements(cfg["model"], to_torch_dtype(cfg["dtype"]))
     raise_unavailable(reasons)
 
 

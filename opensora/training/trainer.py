@@ -13,6 +13,7 @@ from opensora.checkpoint_folder import resolve_checkpoint
 from opensora.common import get_logger
 from opensora.config import dump_config
 from opensora.data.batch import Batch
+from opensora.models.lora import check_resumable
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.timing import PhaseTimer
 from opensora.training import callbacks
@@ -34,7 +35,7 @@ class Trainer:
 
     def __init__(self, cfg, context: ParallelContext):
         self.cfg, self.context = cfg, context
-        checkpoint = context.on_main(lambda: resolve_checkpoint(cfg.load)) if cfg.load else None
+        checkpoint = context.on_main(lambda: find_checkpoint(cfg)) if cfg.load else None
         self.state = TrainState()
         self.resumed_at: int | None = None
         self.sampler, self.loader = build_data(cfg, context)
@@ -184,7 +185,7 @@ class Trainer:
             if cfg.wandb:
                 config = json.loads(dump_config(cfg))
                 found.append(callbacks.WeightsAndBiases(self.run_folder, cfg.log_every, cfg.wandb_project, config))
-        return [*found, callbacks.Checkpoints(cfg.ckpt_every)]
+        return [*found, callbacks.CutCaptions(), callbacks.Checkpoints(cfg.ckpt_every)]
 
     def _notify(self, moment: str, *facts) -> None:
         for callback in self.callbacks:
@@ -193,9 +194,19 @@ class Trainer:
     def _log_summary(self, checkpoint: Path | None) -> None:
         log, context = get_logger(), self.context
         parameters = sum(p.numel() for p in self.engine.module.parameters())
+        trained = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)
         log.info(f"run folder: {self.run_folder}")
         log.info(f"{context.world_size} ranks on {context.device.type}, plugin {self.cfg.plugin}, {self.cfg.dtype}")
-        log.info(f"model: {parameters:,} parameters")
+        log.info(
+            f"model: {parameters:,} parameters" + (f", {trained:,} of them trained" if trained < parameters else "")
+        )
         if checkpoint is not None:
             place = f"epoch {self.state.epoch}, update {self.state.global_step}"
             log.info(f"resumed from {checkpoint} ({place}): weights, optimizer and position")
+
+
+def find_checkpoint(cfg) -> Path:
+    """The checkpoint that `load` names; ValueError if it does not hold what the config trains."""
+    checkpoint = resolve_checkpoint(cfg.load)
+    check_resumable(checkpoint, cfg.lora_config)
+    return checkpoint

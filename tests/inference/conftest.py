@@ -43,7 +43,7 @@ class HashText(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        self.shape, self.encoded = shape, []
+        self.shape, self.encoded, self.texts_cut = shape, [], 0
 
     def forward(self, texts):
         self.encoded += texts

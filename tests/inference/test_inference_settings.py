@@ -80,6 +80,7 @@ def test_short_names_reach_the_sampling_option(load):
         ("--plugin hybrid --plugin_config dict(tp_size=2)", "tp_size=2 * pp_size=1 * sp_size=1 = 2 does not divide"),
         ("--plugin_ae hybrid --plugin_config_ae dict(tp_size=2)", "plugin_config_ae: tp_size=2"),
         ("--use-t2i2v True", "use_t2i2v=True needs img_flux"),
+        ("--clip.shardformer True", "clip.shardformer=True: Shardformer is for T5 alone here"),
     ],
 )
 def test_broken_rules(load, overrides, complaint):
@@ -94,7 +95,6 @@ def test_broken_rules(load, overrides, complaint):
         ("--plugin hybrid", "plugin='hybrid': tensor and sequence parallelism are not available in this version"),
         ("--offload True", "offload=True is not available in this version: set --offload False"),
         ("--refine-prompt True", "refine_prompt=True is not available in this version"),
-        ("--t5.shardformer True", "t5.shardformer=True is not available in this version"),
     ],
 )
 def test_what_later_versions_bring(load, overrides, complaint):

@@ -42,6 +42,8 @@ def config(tmp_path, **settings):
             "crf": 0,  # every pixel is kept: x264 may choose other bits for the same pixels otherwise
             "seed": 42,
             "use_ema": False,
+            "lora": None,
+            "lora_scale": 1.0,
             "model": {"type": "flux", "cond_embed": True},
             "ae": {"type": "linear_causal"},
             **settings,
@@ -160,7 +162,7 @@ def test_prompts_without_reference_are_text_to_video(tmp_path):
         ),
         ({"prompt": "a", "cond_type": "i2v_head", "ref": "grey.png", "model": {"type": "flux"}}, "cond_embed=True"),
         ({"prompt": "a", "sampling_option": {"num_frames": 8}}, "num_frames=8 does not fit"),
-        ({"prompt": "a", "use_ema": True}, "use_ema=True needs a checkpoint"),
+        ({"prompt": "a", "use_ema": True}, "use_ema=True needs weights"),
         (
             {"prompt": "a", "model": {"type": "flux", "from_pretrained": "outputs/x/epoch*"}},
             r"outputs/x/epoch\*: no such",

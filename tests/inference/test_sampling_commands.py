@@ -13,7 +13,8 @@ from opensora.config import load_config
 from opensora.inference.pipeline import Pipeline
 from opensora.inference.run import make_plan
 from opensora.inference.settings import InferenceSettings
-from opensora.models.weights import build_model, plan_shards, save_shard, write_index
+from opensora.models.weight_files import plan_shards, save_shard, write_index
+from opensora.models.weights import build_model
 
 MODEL = {
     "type": "flux",

@@ -78,6 +78,10 @@ def test_an_optimizers_arguments_are_its_own(load):
     with pytest.raises(ValueError, match=r"optim\.momentum is not a setting of optimizer 'HybridAdam'"):
         load("--optim.momentum", "0.9")
     assert "HybridAdam" in OPTIMIZERS.names() and "Optimizer" not in OPTIMIZERS.names()
+    eight = load("--optim", "dict(cls='Adam8bit', lr=1e-4, weight_decay=0.1, no_decay_norms_and_biases=True)")
+    validate(eight, 1)
+    with pytest.raises(ValueError, match=r"optim\.cls='Muon' orthogonalises whole matrices"):
+        load("--optim.cls", "Muon")
 
 
 RULES = [
@@ -100,8 +104,17 @@ RULES = [
     ("--ema-decay 1", "ema_decay=1.0 must be between 0 and 1"),
     ("--dropout_ratio.t5 1.5", "dropout_ratio.t5=1.5 must be a probability"),
     ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
+    ("--lora-config dict(r=8)", "lora_config needs weights to adapt: set --model.from-pretrained FILE"),
+    ("--lora-config.r 0", "lora_config.r=0 must be at least 1"),
+    ("--lora-config.lora-dropout 1.0 --model.from-pretrained a.pt", "lora_config.lora_dropout=1.0 must be at least 0"),
+    ("--lora-config.target-modules ['qkv'] --model.from-pretrained a.pt", "no linear layer's name ends in 'qkv'"),
+    (
+        "--optim dict(cls='Rprop',lr=0.1,no_decay_norms_and_biases=True)",
+        "optim.no_decay_norms_and_biases=True: optim.cls='Rprop' decays no weights",
+    ),
     ("--plugin zero3", "plugin='zero3' is unknown: one of zero1, zero2, hybrid"),
     ("--plugin-config.sp-size 2", "plugin_config.sp_size=2 needs plugin='hybrid', not 'zero2': set --plugin_config"),
+    ("--clip.shardformer True", "clip.shardformer=True: Shardformer is for T5 alone here"),
     ("--model.depth -1", "model.depth=-1 must be at least 0"),
     ("--model.hidden-size 0", "model.hidden_size=0 must be above 0"),
     ("--model.num-heads 3", "model.hidden_size=64 is no multiple of model.num_heads=3"),
@@ -109,6 +122,15 @@ RULES = [
     ("--model.axes-dim (4,5,7)", "model.axes_dim=[4, 5, 7] must be three even numbers"),
     ("--model.axes-dim (8,8)", "model.axes_dim=[8, 8] must be three even numbers"),
     ("--grad-ckpt-setting (-1,0)", "model.grad_ckpt_settings=(-1, 0) must be counts of blocks"),
+    ("--grad-ckpt-buffer-size -1", "grad_ckpt_buffer_size=-1 must be at least 0"),
+    (
+        "--grad-ckpt-buffer-size 8 --grad-checkpoint False",
+        "grad_ckpt_buffer_size=8 is for the inputs of recomputed blocks, and grad_checkpoint=False recomputes none",
+    ),
+    (
+        "--grad-ckpt-buffer-size 8 --grad-ckpt-settings (0,0) --grad-ckpt-policy attention",
+        "and model.grad_ckpt_settings=(0, 0) recomputes none: raise --grad-ckpt-settings, or --grad-ckpt-buffer-size 0",
+    ),
     ("--bucket_config {}", "bucket_config is empty"),
     ("--bucket_config {'64px':{}}", "bucket_config is empty"),
     ("--bucket_config {'small':{1:(1,1)}}", "resolution 'small' is unknown"),
@@ -151,6 +173,8 @@ def test_broken_rules(load, overrides, complaint):
         "--dataset.data-path a.parquet",
         "--plugin zero1 --plugin_config.reduce-bucket-size-in-m 20",
         "--dtype fp32",
+        "--grad-ckpt-buffer-size 8 --grad-ckpt-settings (0,0) --grad-ckpt-policy full",
+        "--grad-ckpt-buffer-size 8 --grad-ckpt-settings (0,100)",
     ],
 )
 def test_legal_settings(load, overrides):
@@ -200,15 +224,8 @@ def test_latents_fit_the_model_where_both_are_known(load):
             "plugin='hybrid': tensor and sequence parallelism are not available in this version: set --plugin zero2",
         ),
         ("--async-io True", "async_io=True is not available in this version: set --async-io False"),
-        ("--lora-config dict(r=8)", "lora_config={'r': 8} is not available in this version"),
         ("--dataset.memory-efficient True", "dataset.memory_efficient=True is not available in this version"),
-        ("--grad-ckpt-buffer-size 1", "grad_ckpt_buffer_size=1 is not available in this version"),
-        (
-            "--clip.shardformer True",
-            "clip.shardformer=True is not available in this version: set --clip.shardformer False",
-        ),
         ("--dtype fp16", "dtype='fp16' is not available for training in this version: set --dtype bf16 or fp32"),
-        ("--ae dict(type='autoencoder_2d')", "ae.type='autoencoder_2d' is not available in this version"),
     ],
 )
 def test_what_later_versions_bring(load, overrides, complaint):
