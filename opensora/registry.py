@@ -26,7 +26,6 @@ class Registry:
         self.kind = kind
         self.supplied = frozenset(supplied)
         self._components: dict[str, Callable] = {}
-        self._planned: dict[str, str] = {}
 
     def register(self, name: str) -> Callable:
         def add(component):
@@ -34,16 +33,6 @@ class Registry:
                 raise ValueError(f"{self.kind} '{name}' is registered twice")
             self._components[name] = component
             return component
-
-        return add
-
-    def plan(self, name: str, reason: str) -> Callable:
-        """Register the settings of a component that this version cannot build yet: configs that name it parse and
-        are checked, and `require_available` says `reason` before a device or data is touched."""
-
-        def add(signature):
-            self._planned[name] = reason
-            return self.register(name)(signature)
 
         return add
 
@@ -64,12 +53,6 @@ class Registry:
             if p.name not in self.supplied and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         }
 
-    def require_available(self, name: str, where: str) -> None:
-        """ValueError if component `name`, set at `where` in the config, is planned but not part of this version."""
-        self.get(name)
-        if name in self._planned:
-            raise ValueError(f"{where}.type='{name}' is not available in this version: {self._planned[name]}")
-
     def check(self, settings: Mapping[str, Any], where: str) -> None:
         """ValueError that names the first setting the component does not take, or lacks."""
         if "type" not in settings:
@@ -88,7 +71,6 @@ class Registry:
         """The component that `settings['type']` names, called with the other settings and what the program supplies."""
         where = where or self.kind
         self.check(settings, where)
-        self.require_available(settings["type"], where)
         arguments = {key: value for key, value in settings.items() if key != "type"}
         return self.get(settings["type"])(**arguments, **supplied)
 

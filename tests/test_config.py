@@ -28,7 +28,7 @@ def circle(radius: float, filled: bool = True, dashes: Sequence[int] = (), label
 def square(side: int, filled: bool = True): ...
 
 
-@SHAPES.plan("star", "stars come later")
+@SHAPES.register("star")
 class Star:
     def __init__(self, points: int = 5): ...
 

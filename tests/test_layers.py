@@ -27,6 +27,7 @@ for _names in PEERS:
 OPTIONAL = {
     "bitsandbytes",
     "colossalai",
+    "diffusers",
     "flash_attn",
     "liger_kernel",
     "matplotlib",

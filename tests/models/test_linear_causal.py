@@ -78,6 +78,13 @@ def test_components_span_the_principal_subspace(fitted):
     torch.testing.assert_close(identity, torch.eye(16), atol=1e-5, rtol=0)
 
 
+def test_training_may_drop_the_decoder(fitted):
+    latents = fitted.encode(clips(1, 5, seed=9))
+    expected = fitted.decode(latents)
+    fitted.drop_decoder()
+    assert torch.equal(fitted.decode(latents), expected)
+
+
 def test_it_is_causal(fitted):
     video = clips(2, 9, seed=5)
     other = video.clone()

@@ -1,6 +1,7 @@
-"""Autoencoders by name (`AUTOENCODERS`): those that this version builds, and those whose settings it knows."""
+"""Autoencoders by name: `AUTOENCODERS`."""
 
-from opensora.models.autoencoder import planned
+from opensora.models.autoencoder.flux_2d import Autoencoder2D
+from opensora.models.autoencoder.hunyuan import HunyuanVAE
 from opensora.models.autoencoder.linear_causal import LinearCausal
 
-__all__ = ["LinearCausal", "planned"]
+__all__ = ["Autoencoder2D", "HunyuanVAE", "LinearCausal"]

@@ -118,6 +118,9 @@ class LinearCausal(nn.Module):
             return frames
         return torch.cat([frames, self.rest.decode(latents[:, :, 1:])], dim=2)
 
+    def drop_decoder(self) -> None:
+        """Nothing to free: `decode` needs no more than `encode` does."""
+
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(frames, height, width) of a video -> those of its latents."""
         frames, height, width = size

@@ -1,0 +1,98 @@
+"""What the KL autoencoders of the diffusers library share: posterior, scale, micro-batches, no decoder in training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from opensora.models.autoencoder.fused_norm import fuse_norms
+from opensora.models.compilation import why_not_compile
+
+# Of the logarithm of the posterior's variance, as the autoencoders were trained.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+class KLAutoencoder(nn.Module, ABC):
+    """A KL autoencoder `vae` of diffusers: latents are `scale_factor * (z - shift_factor)`, z from its posterior.
+
+    Args:
+        micro_batch_pixels: a batch is coded in parts of at most so many pixels (see `in_micro_batches`); None: at once.
+        compile: fuse normalisations with their activations (`fuse_norms`).
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        *,
+        scale_factor: float,
+        shift_factor: float,
+        micro_batch_pixels: int | None,
+        compile: bool,
+    ):
+        super().__init__()
+        if micro_batch_pixels is not None and micro_batch_pixels < 1:
+            raise ValueError(f"micro_batch_pixels={micro_batch_pixels} must be at least 1, or None")
+        self.vae = vae
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor
+        self.micro_batch_pixels = micro_batch_pixels
+        if compile:
+            lacking = why_not_compile(next(vae.parameters()).device.type == "cuda")
+            if lacking:
+                raise ValueError(f"the autoencoder's compile=True needs {lacking}, or set it to False")
+            fuse_norms(vae)
+
+    def encode(self, video: Tensor, noise: Callable[[torch.Size], Tensor] | None = None) -> Tensor:
+        """Pixels [B, c, T, H, W] in [-1, 1] -> latents [B, C, *latent_size(T, H, W)], a sample of the posterior.
+
+        noise: noise(shape) gives standard normal numbers of the latents' shape; None takes the posterior's mode.
+
+        Raises:
+            ValueError: a size that `latent_size` refuses.
+        """
+        self.latent_size(tuple(video.shape[2:]))
+        moments = self.moments(video)  # [B, 2C, t, h, w]
+        z, log_variance = moments.float().chunk(2, dim=1)
+        if noise is not None:
+            z = z + (log_variance.clamp(*LOG_VARIANCE_RANGE) / 2).exp() * noise(z.shape)
+        return (self.scale_factor * (z - self.shift_factor)).to(moments.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, t, h, w] -> pixels [B, c, T, H, W], about [-1, 1], not clamped."""
+        if self.vae.decoder is None:
+            raise RuntimeError("decode after drop_decoder: this autoencoder only encodes; build another one to decode")
+        return self.reconstruct(latents / self.scale_factor + self.shift_factor)
+
+    def drop_decoder(self) -> None:
+        """Free what only `decode` needs: about half of the weights."""
+        self.vae.decoder = None
+        self.vae.post_quant_conv = None
+
+    @abstractmethod
+    def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(frames, height, width) of a video -> those of its latents."""
+
+    @abstractmethod
+    def moments(self, video: Tensor) -> Tensor:
+        """Pixels [B, c, T, H, W] -> the posterior's mean, then the logarithm of its variance [B, 2C, t, h, w]."""
+
+    @abstractmethod
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """A sample of the posterior [B, C, t, h, w] -> pixels [B, c, T, H, W]."""
+
+
+def in_micro_batches(run: Callable[[Tensor], Tensor], batch: Tensor, limit: int | None, each: int) -> Tensor:
+    """`run` over parts of a batch [B, ...], put together: its memory does not grow with B.
+
+    Samples don't see each other, so the result is that of the whole batch, up to the rounding of the kernels that
+    another size of batch selects.
+
+    Args:
+        limit: pixels at once; at least one sample is taken. None: no limit.
+        each: pixels of a sample.
+    """
+    if limit is None:
+        return run(batch)
+    return torch.cat([run(part) for part in batch.split(max(1, limit // each))])
