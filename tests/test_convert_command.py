@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from opensora.models.mmdit import MMDiT
 from opensora.models.mmdit.convert import convert
 from opensora.models.mmdit.layouts import DIFFUSERS, FLUX, OPEN_SORA
-from opensora.models.weight_files import open_weights
-from opensora.models.weight_files import plan_shards, save_shard, write_index
+from opensora.models.weight_files import open_weights, plan_shards, save_shard, write_index
 from opensora.models.weights import build_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ def train_with_engine(context, plugin: str, dtype: torch.dtype):
     """(weights, gradient norms) after STEPS updates; micro-batches are split over ranks, then accumulated."""
     model = small_model(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    engine = Engine(context, model, optimizer, plugin, {"reduce_bucket_size_in_m": 1}, dtype, CLIP)
+    engine = Engine(context, model, lambda _: optimizer, plugin, {"reduce_bucket_size_in_m": 1}, dtype, CLIP)
     norms, accumulation = [], GLOBAL_BATCH // context.world_size
     for step in range(STEPS):
         x, y = data(step)
@@ -68,7 +68,7 @@ def test_zero_equals_plain_adamw(one_rank, two_ranks, plugin, dtype, tolerance):
 def build_with_unknown_setting(context):
     try:
         optimizer = torch.optim.AdamW(small_model().parameters())
-        Engine(context, small_model(), optimizer, "zero2", {"reduce_bucket_sise_in_m": 1}, torch.float32, 1.0)
+        Engine(context, small_model(), lambda _: optimizer, "zero2", {"reduce_bucket_sise_in_m": 1}, torch.float32, 1.0)
     except ValueError as error:
         return str(error)
 

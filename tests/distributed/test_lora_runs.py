@@ -74,6 +74,7 @@ def tuned(one_rank, shapes, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     arguments = ["--model.from-pretrained", str(base), *LORA, "--outputs", str(folder), "--exp-name", "tuned"]
     arguments += ["--max-steps", "2", "--num-workers", "0", "--ema-decay", "0.5"]
+    arguments += ["--lora-config.target-modules", "['q_proj', 'linear2', 'final_layer.linear']"]
     one_rank(train, shapes.root, shapes.train_arguments(*arguments))
     (checkpoint,) = list_checkpoints(folder / "tuned")
     return checkpoint

@@ -8,7 +8,8 @@ from video_files import decode_all
 
 from opensora.common import to_torch_dtype
 from opensora.config import load_config
-from opensora.models.weights import build_model, save_shard
+from opensora.models.weight_files import save_shard
+from opensora.models.weights import build_model
 from opensora.training.settings import TrainSettings
 
 

@@ -1,8 +1,8 @@
 """Attention of each latent frame over itself and those before it, without a mask.
 
 The mid blocks of HunyuanVideo's autoencoder attend over all positions of a clip, frame-causally. diffusers gives them a
-mask of [T*H*W, T*H*W], which is 2 GB in bf16 for 129 frames of 256 x 256 pixels and 8 GB while it is made. Frame by frame, each
-over the keys up to its own last one, is the same softmax without it, and half the products.
+mask of [T*H*W, T*H*W], which is 2 GB in bf16 for 129 frames of 256 x 256 pixels and 8 GB while it is made. Frame by
+frame, each over the keys up to its own last one, is the same softmax without it, and half the products.
 """
 
 from __future__ import annotations
