@@ -49,6 +49,8 @@ def get_logger() -> logging.Logger:
         logger.addHandler(handler)
         logger.propagate = False
         logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+        # says, whoever imports it, which kernels it could use that are not needed here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return logger
 
 

@@ -126,7 +126,7 @@ def save_adapters(model: nn.Module, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True)
-    save_shard(folder / WEIGHTS, get_peft_model_state_dict(model))
+    save_shard(folder / WEIGHTS, get_peft_model_state_dict(model, save_embedding_layers=False))
     model.peft_config["default"].save_pretrained(folder)
     with open(folder / CONFIG, "rb") as file:
         os.fsync(file.fileno())

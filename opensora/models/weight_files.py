@@ -236,7 +236,10 @@ def group_by_size(nbytes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file; it is on the disk when this returns."""
+    path.touch()
+    mode = path.stat().st_mode  # a file like any other: save_file's own are for their owner alone
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

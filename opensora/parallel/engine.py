@@ -12,7 +12,7 @@ from torch import nn
 
 from opensora.models.lora import LoraStart, plain_name
 from opensora.parallel.context import ParallelContext
-from opensora.parallel.host import import_colossalai, register_host_accelerator
+from opensora.parallel.host import errors_only, import_colossalai, register_host_accelerator
 from opensora.parallel.shards import ParameterShard
 from opensora.registry import nearest
 
@@ -68,8 +68,9 @@ class Engine:
         self._stage = ZERO_STAGES[plugin]
         self._booster = Booster(plugin=self._zero_plugin(plugin_config, dtype, grad_clip))
         if lora is not None:
-            # peft makes adapters in fp32; as all trained weights they have fp32 masters beside them
-            model = self._booster.enable_lora(model, lora.folder and str(lora.folder), lora.config).to(dtype)
+            with errors_only():  # it warns of learning rates
+                model = self._booster.enable_lora(model, lora.folder and str(lora.folder), lora.config)
+            model.to(dtype)  # peft makes adapters in fp32; as all trained weights they get fp32 masters
             model.peft_config["default"].base_model_name_or_path = lora.base  # peft takes it from models it knows
         wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
         assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"

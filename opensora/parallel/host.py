@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 
 def import_colossalai() -> None:
-    """Import ColossalAI's booster (6 s) without the warnings of what it could use and does not need: apex,
-    bitsandbytes' kernels, and names that torch is about to drop."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Import ColossalAI's booster (6 s) without the warnings of what it could use and does not need (apex)
+    and of names that torch is about to drop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import colossalai.booster.plugin  # noqa: F401
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecated", category=FutureWarning)
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep ColossalAI's hints to itself."""
+    logger = logging.getLogger("colossalai")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def register_host_accelerator() -> None:

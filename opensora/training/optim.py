@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -85,7 +84,6 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def _of_bitsandbytes(name: str) -> type[torch.optim.Optimizer]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it could use and does not need
     try:
         import bitsandbytes
     except ImportError:

@@ -14,6 +14,7 @@ from opensora.common import get_logger
 from opensora.config import dump_config
 from opensora.data.batch import Batch
 from opensora.models.lora import check_resumable
+from opensora.models.sources import run_settings
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.timing import PhaseTimer
 from opensora.training import callbacks
@@ -205,8 +206,20 @@ class Trainer:
             log.info(f"resumed from {checkpoint} ({place}): weights, optimizer and position")
 
 
+# How the weights are laid out, and with them the optimizer's state, which is not converted. With the model's defaults.
+LAYOUT = {"fused_qkv": True, "use_liger_rope": False}
+
+
 def find_checkpoint(cfg) -> Path:
     """The checkpoint that `load` names; ValueError if it does not hold what the config trains."""
     checkpoint = resolve_checkpoint(cfg.load)
     check_resumable(checkpoint, cfg.lora_config)
+    trained = run_settings(checkpoint)
+    for key, default in LAYOUT.items():
+        saved, asked = trained.get(key, default), cfg.model.get(key, default)
+        if trained and saved != asked:
+            raise ValueError(
+                f"model.{key}={asked}, but --load {checkpoint} was trained with {saved}: set it so, or start from its "
+                f"weights alone with --model.from_pretrained {checkpoint}"
+            )
     return checkpoint

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from render import COLOURS, DIRECTIONS, SHAPES
 
+from opensora.models.weight_files import save_shard
+
 WIDTH = 64
 LAYERS = 2
 MAX_POSITIONS = 77
@@ -30,7 +32,6 @@ def words() -> list[str]:
 def make_t5(folder: Path, seed: int = 0) -> None:
     """Write a T5EncoderModel and its Unigram tokenizer to `folder`."""
     import torch
-    from safetensors.torch import save_file
     from transformers import T5Config, T5EncoderModel
 
     size = write_t5_tokenizer(folder)
@@ -53,7 +54,7 @@ def make_t5(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     weights = T5EncoderModel(config).state_dict()
     del weights["encoder.embed_tokens.weight"]  # is shared.weight
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_shard(folder / "model.safetensors", weights)
 
 
 def write_t5_tokenizer(folder: Path) -> int:
@@ -89,7 +90,6 @@ def write_t5_tokenizer(folder: Path) -> int:
 def make_clip(folder: Path, seed: int = 1) -> None:
     """Write a CLIPTextModel and its byte-level BPE tokenizer to `folder`."""
     import torch
-    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     size = write_clip_tokenizer(folder)
@@ -113,7 +113,7 @@ def make_clip(folder: Path, seed: int = 1) -> None:
         "text_model." + name.removeprefix("text_model."): t for name, t in CLIPTextModel(config).state_dict().items()
     }
     weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_shard(folder / "model.safetensors", weights)
 
 
 def write_clip_tokenizer(folder: Path) -> int:

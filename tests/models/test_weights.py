@@ -525,3 +525,9 @@ def test_shard_is_synced_before_it_returns(tmp_path, monkeypatch):
     files = [tmp_path / "a.safetensors", tmp_path / "model.safetensors.index.json"]
     assert inodes == [file.stat().st_ino for file in files]
     assert [entry.st_size for entry in synced] == [file.stat().st_size for file in files]
+
+
+def test_shards_can_be_read_by_whom_the_folder_says(tmp_path):
+    (tmp_path / "other").touch()
+    save_shard(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from opensora.models.weight_files import save_shard
 from opensora.registry import AUTOENCODERS
 
 SPATIAL = 8
@@ -156,7 +157,7 @@ class LinearCausal(nn.Module):
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+        save_shard(Path(path), self.state_dict())
 
     def _load(self, path: str) -> None:
         if not Path(path).is_file():
