@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.common import get_logger
 from opensora.models.mmdit import MMDiT
@@ -25,7 +25,7 @@ def compile_blocks(model: MMDiT, backend: str | Callable = "inductor") -> None:
 
     The blocks of a kind share their graphs, whatever the depth. Batch size and lengths are dynamic, so the number of
     graphs does not grow with that of buckets: for each kind torch makes one for a batch of 1 and one for larger ones,
-    and as many again for the first double block, whose inputs may be views where gradients are recorded.
+    and another where its code for few tokens differs from that for many.
 
     Nothing is compiled before a block is first called. Recomputation (`activation.py`) comes before this call: what it
     keeps is decided within the graph then, by its policy "attention" too, which watches operators and would not see
@@ -39,6 +39,14 @@ def compile_blocks(model: MMDiT, backend: str | Callable = "inductor") -> None:
         for block in blocks:
             # on the instance: wrapping the module would put a name before its parameters'
             block.forward = partial(compiled, block.forward)
+    for block in model.double_blocks[:1]:
+        block.register_forward_pre_hook(_copy_views)
+
+
+def _copy_views(block: nn.Module, arguments: tuple) -> tuple:
+    """What the first block is given are views, of what a linear layer computes; what the others are given never is.
+    torch makes graphs of their own for views: one copy of the hidden states in a forward pass saves compiling twice."""
+    return tuple(a.clone() if isinstance(a, Tensor) and a._is_view() else a for a in arguments)
 
 
 # torch keeps graphs by the function that it enters. A function for each kind of block gives each its own few, and
