@@ -1,5 +1,7 @@
 """scripts/cnv/meta.py as it is documented, on real files."""
 
+import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
@@ -15,7 +17,9 @@ from PIL import Image
 from video_files import cut_file, draw_frame, write_audio, write_video
 
 from opensora.data.metadata import add_metadata
-from opensora.data.probe_files import Progress
+from opensora.data.probe import probe
+from opensora.data.probe_files import Progress, WorkerPool
+from opensora.data.probe_journal import ProbeJournal
 from opensora.data.records import Table
 from opensora.data.table_stream import TableError
 
@@ -225,7 +229,7 @@ def test_a_run_that_is_ended_leaves_no_table_and_no_process(folder, tmp_path, nu
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not any(tmp_path.iterdir()):  # the draft: rows are being read
+    while not any(tmp_path.glob(".*.part")):  # the draft: rows are being read
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)
@@ -235,12 +239,112 @@ def test_a_run_that_is_ended_leaves_no_table_and_no_process(folder, tmp_path, nu
     assert not (tmp_path / "out.csv").exists() and not (tmp_path / "out.csv.rejected.csv").exists()
     if signum == signal.SIGINT:
         assert process.returncode == 130
-        assert errors == f"interrupted: {tmp_path}/out.csv was not written\n"
-        assert not any(tmp_path.iterdir())  # no draft
+        assert errors == f"interrupted: {tmp_path}/out.csv was not written; the same command goes on from here\n"
+        assert [path.name for path in tmp_path.iterdir()] == [".out.csv.progress"]  # no draft
     with pytest.raises(ProcessLookupError):  # no process of the group is left
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, num_workers):
+    make_table(folder / "resumed.csv", [*GOOD, *BAD] * 3)
+    add_metadata(folder / "resumed.csv", tmp_path / "whole.csv", 0)
+    read = []
+
+    def stop_at(number):
+        def probe_or_stop(path, verify):
+            read.append(path)
+            if len(read) == number:
+                raise KeyboardInterrupt
+            return probe(path, verify)
+
+        monkeypatch.setattr("opensora.data.probe_files.probe", probe_or_stop)
+
+    stop_at(12)
+    with pytest.raises(KeyboardInterrupt):
+        add_metadata(folder / "resumed.csv", tmp_path / "out.csv", 0)
+    journal = tmp_path / ".out.csv.progress"
+    assert not (tmp_path / "out.csv").exists() and journal.read_bytes().count(b"\n") > 11
+    journal.write_bytes(journal.read_bytes()[:-3])  # the machine went down while it wrote
+    before = len(read)
+    stop_at(-1)
+    add_metadata(folder / "resumed.csv", tmp_path / "out.csv", num_workers)
+    for suffix in ("", ".rejected.csv"):
+        assert (tmp_path / f"out.csv{suffix}").read_bytes() == (tmp_path / f"whole.csv{suffix}").read_bytes()
+    assert not journal.exists()
+    if num_workers == 0:
+        assert len(read) - before == 27 - 11 + 1  # of 30 rows, 3 have no path; 11 files were read, the last was cut off
+
+
+def test_a_journal_of_another_table_or_way_is_not_used(folder, tmp_path):
+    table, journal = folder / "other.csv", tmp_path / "journal"
+    make_table(table, ["a.mp4"] * 3)
+
+    def known(verify):
+        with ProbeJournal(journal, table, verify) as opened:
+            return list(opened.complete(lambda paths: iter(["new"] * len(paths)), ["a.mp4"] * 3))
+
+    with ProbeJournal(journal, table, False) as opened:
+        assert list(opened.complete(lambda paths: iter(["old", probe(folder / "a.mp4")]), ["a.mp4"] * 2))
+        with pytest.raises(TableError, match="another run writes the same output"):
+            ProbeJournal(journal, table, False)
+    assert known(False) == ["old", probe(folder / "a.mp4"), "new"]
+    assert known(True) == ["new"] * 3
+    make_table(table, ["a.mp4"] * 4)
+    assert known(True) == ["new"] * 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_verify_finds_damaged_pictures(folder, tmp_path, num_workers):
+    data = bytearray((folder / "a.mp4").read_bytes())
+    end = data.index(b"moov") - 4
+    data[end // 2 : end] = bytes(end - end // 2)
+    (folder / "rotten.mp4").write_bytes(data)
+    make_table(folder / "verified.csv", [*GOOD, "rotten.mp4"])
+    add_metadata(folder / "verified.csv", tmp_path / "out.csv", num_workers)
+    assert read_table(tmp_path / "out.csv").path.tolist() == [*GOOD, "rotten.mp4"]
+    summary = add_metadata(folder / "verified.csv", tmp_path / "out.csv", num_workers, verify=True)
+    assert read_table(tmp_path / "out.csv").path.tolist() == [*GOOD] and summary.rejected == {"damaged": 1}
+
+
+def test_a_file_that_kills_its_reader_is_rejected_and_the_others_are_read():
+    def read(item):
+        if item == "crash":
+            faulthandler.disable()  # says no more than is expected
+            ctypes.string_at(0)  # a segmentation fault, as of a decoder
+        if item == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+        if item == "exit":
+            os._exit(3)
+        return item
+
+    items = ["a", "crash", *"bcdefgh" * 20, "kill", "exit", *"xyz" * 20, "crash"]
+    pool = WorkerPool(read, 3)
+    try:
+        for _ in range(2):  # workers stay
+            results = list(pool.map(items))
+            killed = {"crash": "SIGSEGV", "kill": "SIGKILL", "exit": "exit status 3"}
+            prefix = "unreadable: reading it ends the process"
+            assert results == [f"{prefix} ({killed[item]})" if item in killed else item for item in items]
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_is_killed_once_costs_no_file(tmp_path):
+    def read(item):
+        if item == "17" and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    pool = WorkerPool(read, 2)
+    try:
+        items = [str(i) for i in range(100)]
+        assert list(pool.map(items)) == items and (tmp_path / "killed").exists()
+    finally:
+        pool.close()
 
 
 class _Terminal:

@@ -13,11 +13,15 @@ import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Discard, Disposition
+from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from opensora.data.container_layout import is_cut
+from opensora.data.remote import RemoteFile
 
+# Options of FFmpeg: what an mp4's boxes say is enough, no packets are read on opening.
+HEADER_ONLY = {"skip_frame": "all", "threads": "1", "probesize": "32", "analyzeduration": "0"}
 CUT_SHORT = "truncated: the file is shorter than it says it is"
 
 
@@ -64,7 +68,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         MediaError: not an image, or (also while the caller reads its pixels) a damaged one.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except MediaError:
         raise
@@ -87,8 +91,8 @@ def open_video(path: Path, header_only: bool = False) -> Iterator[tuple[InputCon
     """The container and its video stream, for one decoding thread; nothing is read of the other streams.
 
     Args:
-        header_only: do not decode pictures to learn what the header leaves open (the depth of reordering, guessed by
-            some decoders): quicker, right for facts but not for frames.
+        header_only: of an mp4, do not read packets to learn what its boxes leave open (the depth of reordering, guessed
+            by some decoders): quicker, right for facts but not for frames.
 
     Raises:
         MediaError: cannot be opened, or has no video stream (cover art is none), or is found damaged while the caller
@@ -96,18 +100,23 @@ def open_video(path: Path, header_only: bool = False) -> Iterator[tuple[InputCon
     """
     # Any other level installs a callback that can deadlock with decoding threads; None also keeps stderr clean.
     av.logging.set_level(None)
-    options = {"skip_frame": "all"} if header_only else {}
+    options, opening = HEADER_ONLY if header_only else {}, True
     try:
         # "file:": a colon in the name is no protocol. The encoding of titles and the like must not matter.
-        with av.open(f"file:{path}", metadata_errors="ignore", options=options) as container:
-            stream = _video_stream(path, container)
+        name = path.open() if isinstance(path, RemoteFile) else f"file:{path}"
+        with av.open(name, metadata_errors="ignore", options=options) as container:
+            opening, stream = False, _video_stream(path, container)
             stream.thread_count = 1
             for other in container.streams:
                 if other is not stream:
                     other.discard = Discard.all
             yield container, stream
+    except MediaError:
+        raise
     except av.error.FFmpegError as error:
-        raise MediaError(path, _reason(path, error)) from None
+        raise MediaError(path, _reason(path, error, opening)) from None
+    except OSError as error:  # a server's
+        raise MediaError(path, f"cannot be read: {one_line(error)}") from None
     except IndexError:  # PyAV's, for a stream that was not there on opening (broken broadcast files)
         raise MediaError(path, "damaged: a stream begins in the middle of the file") from None
 
@@ -123,10 +132,9 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return streams[0]
 
 
-def _reason(path: Path, error: av.error.FFmpegError) -> str:
+def _reason(path: Path, error: av.error.FFmpegError, opening: bool) -> str:
     if is_cut(path):
         return CUT_SHORT
-    opening = error.filename is not None and str(path) in str(error.filename)
     return f"{'not a video or image' if opening else 'damaged'}: {one_line(error.strerror or error)}"
 
 
@@ -151,7 +159,10 @@ class Orientation(NamedTuple):
 def orientation(frame: av.VideoFrame) -> Orientation:
     """The nearest of the eight orientations to the frame's display matrix (rows a b u, c d v, x y w: a stored pixel
     (p, q) is shown at (a p + c q + x, b p + d q + y))."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    # PyAV ties a frame whose side data was read into a reference cycle, which stays until the garbage collector runs: a
+    # tiny copy, not pictures of megabytes.
+    tiny = frame.reformat(width=16, height=16, format="gray8", interpolation=Interpolation.POINT)
+    matrix = tiny.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return Orientation()
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))

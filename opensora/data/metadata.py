@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from opensora.data.probe import VideoFacts
 from opensora.data.probe_files import FileProber, file_prober
+from opensora.data.probe_journal import ProbeJournal
 from opensora.data.table_stream import Chunk, TableError, TableWriter, create_table, open_table, table_suffix
 
 ADDED = pa.schema(
@@ -27,7 +29,7 @@ ADDED = pa.schema(
         ("resolution", pa.int64()),
     ]
 )
-# Rows of a chunk for each worker: enough that starting the workers for every chunk does not show.
+# Rows of a chunk for each worker: enough that the wait for a chunk's last file does not show.
 ROWS_PER_WORKER = 2048
 
 
@@ -43,18 +45,20 @@ class Summary(NamedTuple):
         return ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
 
 
-def add_metadata(source: Path, output: Path, num_workers: int | None = None) -> Summary:
+def add_metadata(source: Path, output: Path, num_workers: int | None = None, verify: bool = False) -> Summary:
     """Write the table `source` to `output` with the columns height, width, fps, num_frames, aspect_ratio (height /
     width) and resolution (height * width) of the file that each row's `path` names.
 
     The other columns and the order of the rows stay; columns of these names are replaced where they are. An image has
     one frame and an empty fps. A relative path starts from the working directory, or else from the table's folder; it
     is not rewritten. Rows whose file cannot be used go to `<output>.rejected.csv` with the reason. Both files appear
-    when all is done, or not at all.
+    when all is done, or not at all. What was found so far is kept in `.<output>.progress`: a run that was interrupted
+    does not read those files again.
 
     Args:
         source, output: .csv or .parquet.
         num_workers: processes; None: one for each core, 0: none but this one.
+        verify: decode all pictures, to reject files with damaged ones.
 
     Raises:
         FileNotFoundError, TableError: the table cannot be read or written as asked, or no row of it can be used; then
@@ -81,10 +85,12 @@ def add_metadata(source: Path, output: Path, num_workers: int | None = None) -> 
         with (
             create_table(draft, _with_facts(reader.schema.empty_table(), []).schema, suffix) as accepted,
             create_table(rejected_draft, _with_reasons(reader.schema.empty_table(), []).schema, ".csv") as rejected,
-            file_prober(source.parent, num_workers, reader.num_rows) as prober,
+            ProbeJournal(output.with_name(f".{output.name}.progress"), source, verify) as journal,
+            file_prober(source.parent, num_workers, reader.num_rows, verify) as prober,
         ):
             chunks = reader.chunks(ROWS_PER_WORKER * max(1, num_workers))
-            summary = Summary(*_convert(chunks, prober, accepted, rejected), rejected_path)
+            summary = Summary(*_convert(chunks, partial(journal.complete, prober), accepted, rejected), rejected_path)
+            journal.remove()
         if summary.rejected:
             rejected_draft.replace(rejected_path)
         else:
@@ -101,7 +107,7 @@ def _convert(
     """Probe and write chunk by chunk; the number of accepted rows, and of those rejected by reason."""
     count, reasons = 0, Counter()
     for rows, malformed in chunks:
-        results = prober(rows["path"].to_pylist())
+        results = list(prober(rows["path"].to_pylist()))
         for place, reason in malformed.items():
             results[place] = reason
         usable = pa.array([isinstance(result, VideoFacts) for result in results], pa.bool_())

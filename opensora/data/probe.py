@@ -16,6 +16,7 @@ from PIL import ExifTags
 from opensora.data.container_layout import image_is_whole, is_cut, is_image, mp4_layout
 from opensora.data.frame_index import hidden_entries, index_is_whole, opening_packets, packets_are_frames
 from opensora.data.media import CUT_SHORT, MediaError, open_image, open_video, orientation, require_file
+from opensora.data.remote import locate
 
 # A header's rate that is further than this from the counted one is not believed (variable rate, guesses of matroska).
 RATE_TOLERANCE = 0.05
@@ -39,29 +40,35 @@ class _Count(NamedTuple):
     seconds: float | None
 
 
-def probe(path: str | Path) -> VideoFacts:
-    """The facts of a video or image file.
+def probe(path: str | Path, verify: bool = False) -> VideoFacts:
+    """The facts of a video or image file, or of a URL (see `remote`).
 
     Of a plain mp4 or mov only the header is read; of other files the packets are counted, or the frames decoded where
     packets do not tell. Whether pictures are intact is not looked at: that shows only in decoding them.
+
+    Args:
+        verify: decode all pictures all the same. Damage that leaves a stream which the codec allows is not found.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a video or image; empty, truncated, unreadable. Both are MediaErrors with a one-line reason.
     """
-    path = Path(path)
+    path = locate(path)
     require_file(path)
     if is_image(path):
-        return _probe_image(path)
-    return _probe_video(path)
+        return _probe_image(path, verify)
+    facts = _probe_video(path)
+    if verify:
+        _verify(path, facts.num_frames)
+    return facts
 
 
-def _probe_image(path: Path) -> VideoFacts:
+def _probe_image(path: Path, verify: bool) -> VideoFacts:
     with open_image(path) as image:
         width, height = image.size
         if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # 5..8 are the transposed ones
             width, height = height, width
-        if not image_is_whole(path):
+        if verify or not image_is_whole(path):
             image.load()
     return VideoFacts(1, height, width, math.nan)
 
@@ -89,6 +96,17 @@ def _probe_video(path: Path) -> VideoFacts:
     if first is not None and orientation(first).transposed:
         height, width = width, height
     return VideoFacts(count.num_frames, height, width, _frame_rate(header_rate, count))
+
+
+def _verify(path: Path, num_frames: int) -> None:
+    """MediaError unless all pictures are decoded without a complaint."""
+    count = 0
+    with open_video(path) as (container, stream):
+        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        for frame in container.decode(stream):
+            count += not frame.is_corrupt
+    if count != num_frames:
+        raise MediaError(path, f"damaged: {count} of {num_frames} frames can be decoded")
 
 
 def _count_index(path: Path, stream: VideoStream) -> _Count:

@@ -1,4 +1,4 @@
-"""Probes many files with pandarallel's processes, and shows how far it is."""
+"""Probes many files in processes that one bad file cannot stop, and shows how far it is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import TextIO
 
@@ -20,72 +21,48 @@ from opensora.data.media import MediaError, one_line
 from opensora.data.probe import VideoFacts, probe
 
 SECONDS_BETWEEN_LINES = 10
-# What workers write to the pipe: a byte for each file, and one when there are no more.
-DONE, END = b".", b"\n"
+# Paths handed to a worker at a time: few enough that all end together, enough that none waits for the next.
+BATCH = 32
 
-
-FileProber = Callable[[Sequence["str | None"]], "list[VideoFacts | str]"]
+Result = VideoFacts | str
+FileProber = Callable[[Sequence["str | None"]], Iterator[Result]]
 
 
 @contextmanager
-def file_prober(folder: Path, num_workers: int, total: int) -> Iterator[FileProber]:
-    """A function from paths to the facts of each file, or to one line that says why it has none.
+def file_prober(folder: Path, num_workers: int, total: int, verify: bool = False) -> Iterator[FileProber]:
+    """A function from paths to, in their order and as they come, the facts of each file or one line that says why it
+    has none.
 
     Args:
         folder: where relative paths are looked up that are not found from the working directory.
         num_workers: processes; 0: none but this one.
         total: files in all calls together, for the progress.
+        verify: decode all pictures.
     """
-    if num_workers:
-        from pandarallel import pandarallel
+    probe_one, progress = partial(_probe_one, folder=folder, verify=verify), Progress(total)
+    pool = WorkerPool(probe_one, num_workers) if num_workers else None
 
-        pandarallel.initialize(nb_workers=num_workers, verbose=0, use_memory_fs=False)
-    progress = Progress(total)
-    probe_all = _probe_in_workers if num_workers else _probe_here
-    with _interrupt_reaches_only_this_process():
-        try:
-            yield partial(probe_all, folder=folder, progress=progress)
-        finally:
-            progress.close()
+    def probe_all(paths: Sequence[str | None]) -> Iterator[Result]:
+        for result in pool.map(paths) if pool else map(probe_one, paths):
+            progress.add(1)
+            yield result
 
-
-def end_children_with_this_process() -> None:
-    """From now on Linux kills processes forked here when this one ends, whatever ends it: for a program's main.
-
-    Among them is a server that pandarallel starts, which would stay for ever.
-    """
-
-    def end_with_parent() -> None:
-        pr_set_pdeathsig = 1
-        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        os.register_at_fork(after_in_child=end_with_parent)
-
-
-def _probe_here(paths: Sequence[str | None], folder: Path, progress: Progress) -> list[VideoFacts | str]:
-    return [_probe_and_tell(path, folder, progress.add) for path in paths]
-
-
-def _probe_in_workers(paths: Sequence[str | None], folder: Path, progress: Progress) -> list[VideoFacts | str]:
-    import pandas as pd
-
-    with _told_by_workers(progress) as pipe:
-        probe_one = partial(_probe_and_tell, folder=folder, tell=partial(_tell, pipe))
-        return pd.Series(paths, dtype=object).parallel_apply(probe_one).tolist()
-
-
-def _probe_and_tell(path: str | None, folder: Path, tell: Callable[[int], None]) -> VideoFacts | str:
-    """The facts, or why there are none; then `tell(1)`."""
     try:
-        return probe(_locate(path, folder)) if path else "empty path"
+        yield probe_all
+    finally:
+        if pool:
+            pool.close()
+        progress.close()
+
+
+def _probe_one(path: str | None, folder: Path, verify: bool) -> Result:
+    """The facts, or why there are none."""
+    try:
+        return probe(_locate(path, folder), verify) if path else "empty path"
     except MediaError as error:
         return error.reason
     except Exception as error:  # one strange file must not end a run of days
         return f"unexpected {type(error).__name__}: {one_line(error)}"
-    finally:
-        tell(1)
 
 
 def _locate(path: str, folder: Path) -> str:
@@ -94,50 +71,93 @@ def _locate(path: str, folder: Path) -> str:
     return beside if not os.path.exists(path) and os.path.exists(beside) else path
 
 
-@contextmanager
-def _told_by_workers(progress: Progress) -> Iterator[int]:
-    """A pipe's end that forked processes inherit: a byte written there is a file done."""
-    read_end, write_end = os.pipe()
-
-    def relay() -> None:
-        while (told := os.read(read_end, 1 << 16)).count(END) == 0:
-            progress.add(len(told))
-        progress.add(len(told) - 1)
-
-    relaying = threading.Thread(target=relay, daemon=True)
-    relaying.start()
-    try:
-        yield write_end
-    finally:
-        os.write(write_end, END)
-        relaying.join()
-        os.close(read_end)
-        os.close(write_end)
-
-
-@contextmanager
-def _interrupt_reaches_only_this_process() -> Iterator[None]:
-    """Ctrl-C is sent to all processes of a terminal. This one answers; workers, which inherit the handler, go on, and
-    end as this one does. (SIGTERM must keep its default: it is how pools end their workers, and a handler may miss it.)
+class WorkerPool:
+    """Processes that apply a function. One that dies (a decoder's crash, the kernel short of memory) is replaced; the
+    item that it was at is tried once more, and then has a line that names the signal for its result.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    owner = os.getpid()
 
-    def answer(_signum: int, _frame: object) -> None:
-        if os.getpid() == owner:
-            raise KeyboardInterrupt
+    def __init__(self, function: Callable[[str | None], Result], num_workers: int):
+        self.function, self.context = function, get_context("fork")
+        self.workers = [_Worker(self.context, function) for _ in range(num_workers)]
 
-    before = signal.signal(signal.SIGINT, answer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def map(self, items: Sequence[str | None]) -> Iterator[Result]:
+        """The function's results, in the items' order."""
+        waiting = deque(range(i, min(i + BATCH, len(items))) for i in range(0, len(items), BATCH))
+        results, suspects, given = {}, set(), 0
+        while given < len(items):
+            for worker in self.workers:
+                if not worker.ahead and waiting:
+                    worker.give(waiting.popleft(), items)
+            busy = [worker for worker in self.workers if worker.ahead]
+            for pipe in connection.wait([worker.pipe for worker in busy]):
+                worker = next(worker for worker in busy if worker.pipe is pipe)
+                try:
+                    results[worker.ahead[0]] = pipe.recv()
+                    worker.ahead.popleft()
+                except (EOFError, OSError):
+                    self._replace(worker, waiting, results, suspects)
+            while given in results:
+                yield results.pop(given)
+                given += 1
+
+    def _replace(self, dead: _Worker, waiting: deque, results: dict[int, Result], suspects: set[int]) -> None:
+        """Start another in a dead worker's place; what it left, and its item if that is not known to kill, is given
+        out again."""
+        item, end = dead.ahead.popleft(), dead.end()
+        if item in suspects:
+            results[item] = f"unreadable: reading it ends the process ({end})"
+        else:
+            suspects.add(item)
+            waiting.appendleft(range(item, item + 1))
+        if dead.ahead:
+            waiting.append(range(dead.ahead[0], dead.ahead[-1] + 1))
+        self.workers[self.workers.index(dead)] = _Worker(self.context, self.function)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.end()
 
 
-def _tell(pipe: int, count: int) -> None:
-    os.write(pipe, DONE * count)
+class _Worker:
+    """A process, the pipe to it, and `ahead`: the numbers of the items that it has been given and not answered."""
+
+    def __init__(self, context, function: Callable[[str | None], Result]):
+        self.ahead: deque[int] = deque()
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, function, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the process's end is the pipe's
+
+    def give(self, numbers: range, items: Sequence[str | None]) -> None:
+        self.ahead.extend(numbers)
+        with suppress(OSError):  # it has died: reading its answer says so
+            self.pipe.send([items[number] for number in numbers])
+
+    def end(self) -> str:
+        """Wait for the process's end, and say what it was."""
+        self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _work(pipe: connection.Connection, function: Callable[[str | None], Result], owner: int) -> None:
+    """A worker's life. Ctrl-C, which a terminal sends to all processes, is for the owner to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent(owner)
+    while True:
+        for item in pipe.recv():
+            pipe.send(function(item))
+
+
+def _end_with_parent(owner: int) -> None:
+    """Linux kills this process when its parent ends, whatever ends that."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != owner:
+            os._exit(1)
 
 
 class Progress:

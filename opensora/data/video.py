@@ -17,7 +17,8 @@ from torch.nn.functional import interpolate
 
 from opensora.data.container_layout import is_image
 from opensora.data.frames import read_frames
-from opensora.data.media import MediaError, open_image, orientation, require_file, to_rgb
+from opensora.data.media import MediaError, Orientation, open_image, orientation, require_file, to_rgb
+from opensora.data.remote import locate
 from opensora.data.transforms import centre_crop, cover_size, normalise
 
 RESIZE_MODES = ("fast", "exact")
@@ -37,9 +38,14 @@ def window_indices(total: int, num_frames: int, interval: int, u: float) -> NDAr
     if total < num_frames:
         raise ValueError(f"too few frames: {total} for a clip of {num_frames}")
     size = num_frames * interval
-    begin = int(u * (max(0, total - size - 1) + 1))
+    begin = int(u * window_positions(total, num_frames, interval))
     end = min(begin + size, total)
     return np.linspace(begin, end - 1, num_frames, dtype=np.int64)
+
+
+def window_positions(total: int, num_frames: int, interval: int) -> int:
+    """The number of frames at which a window of `window_indices` can begin."""
+    return max(0, total - num_frames * interval - 1) + 1
 
 
 def read_clip(path: str | Path, indices: Sequence[int], height: int, width: int, resize: str = "fast") -> Tensor:
@@ -49,6 +55,7 @@ def read_clip(path: str | Path, indices: Sequence[int], height: int, width: int,
     besides the clip. Images: index 0 alone, resized by PIL's bicubic filter.
 
     Args:
+        path: a file's, or a URL (see `remote`).
         indices: strictly ascending frame numbers.
         resize: "fast": swscale's area filter; uint8. "exact": `interpolate` (bilinear, no antialiasing) of the full
             frames in [0, 1], as the reference does; float32, normalised to [-1, 1].
@@ -60,7 +67,7 @@ def read_clip(path: str | Path, indices: Sequence[int], height: int, width: int,
         FileNotFoundError: there is no such file.
         ValueError: (a MediaError) it cannot be read or has fewer frames; never a short clip.
     """
-    path, indices = Path(path), [int(index) for index in indices]
+    path, indices = locate(path), [int(index) for index in indices]
     if resize not in RESIZE_MODES:
         raise ValueError(f"resize='{resize}' is unknown: one of {', '.join(RESIZE_MODES)}")
     if not indices or indices[0] < 0 or any(b <= a for a, b in pairwise(indices)):
@@ -95,11 +102,12 @@ class _FastResizer:
 
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width
+        self.turn: Orientation | None = None  # all frames are turned as the first one is
         self.reformatter = VideoReformatter()  # keeps its tables from one frame to the next
 
     def write(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
         """The frame into `out`: [3, H, W]."""
-        turn = orientation(frame)
+        turn = self.turn = self.turn or orientation(frame)
         target = (self.width, self.height) if turn.transposed else (self.height, self.width)  # as stored
         cover = cover_size(frame.height, frame.width, *target)
         # Planar output has the pixels of rgb24 in half the time.
@@ -117,11 +125,13 @@ class _ExactResizer:
 
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width
+        self.turn: Orientation | None = None
         self.reformatter = VideoReformatter()
 
     def write(self, frame: VideoFrame, out: NDArray[np.float32]) -> None:
         """The frame into `out`: [3, H, W], in [-1, 1]."""
-        pixels = orientation(frame).apply(self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        self.turn = self.turn or orientation(frame)
+        pixels = self.turn.apply(self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
         full = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float().div_(255)  # [1, 3, h, w]
         cover = cover_size(*full.shape[2:], self.height, self.width)
         scaled = interpolate(full, size=cover, mode="bilinear", align_corners=False)[0]  # [3, h', w']

@@ -1,6 +1,8 @@
 """Add the columns that training needs (height, width, fps, num_frames, aspect_ratio, resolution) to a table of videos.
 
 python scripts/cnv/meta.py --input datasets/pexels_45k.csv --output datasets/pexels_45k_nec.csv --num_workers 64
+
+A run that was interrupted goes on where it was when it is started again in the same way.
 """
 
 import argparse
@@ -8,7 +10,6 @@ import sys
 from pathlib import Path
 
 from opensora.data.metadata import add_metadata
-from opensora.data.probe_files import end_children_with_this_process
 from opensora.data.table_stream import TableError
 
 
@@ -21,19 +22,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num_workers", "--num-workers", type=int, metavar="N", help="processes; 0: in this one (default: all cores)"
     )
+    parser.add_argument("--verify", action="store_true", help="decode all pictures: finds damaged ones, takes long")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    end_children_with_this_process()
     try:
-        summary = add_metadata(arguments.input, arguments.output, arguments.num_workers)
+        summary = add_metadata(arguments.input, arguments.output, arguments.num_workers, arguments.verify)
     except (TableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {arguments.output} was not written", file=sys.stderr)
+        print(f"interrupted: {arguments.output} was not written; the same command goes on from here", file=sys.stderr)
         return 130
     print(f"{summary.written:,} rows written to {arguments.output}")
     if summary.rejected:

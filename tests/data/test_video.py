@@ -1,9 +1,12 @@
 """Facts and clips of real files, against a plain decode of the whole file."""
 
+import gc
 import math
 import pickle
 import random
 import re
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -328,6 +331,38 @@ class TestClip:
         for indices in ([], [3, 3], [4, 2], [-1, 0]):
             with pytest.raises(ValueError, match="not strictly ascending"):
                 read_clip(media("closed.mp4"), indices, 32, 48)
+
+
+class TestMemory:
+    def test_no_frame_waits_for_the_garbage_collector(self, tmp_path):
+        path = write_video(tmp_path / "turned.mp4", num_frames=30, rotation=90)
+        gc.collect()
+        gc.disable()
+        try:
+            for resize in ("fast", "exact"):
+                read_clip(path, range(20), 32, 48, resize)
+            frames = [item for item in gc.get_objects() if isinstance(item, av.VideoFrame)]
+            assert all(frame.width * frame.height <= 256 for frame in frames)
+        finally:
+            gc.enable()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_it_is_flat_over_many_clips(self, tmp_path):
+        path = write_video(tmp_path / "large.mp4", num_frames=20, height=480, width=640)
+
+        def private_kib():
+            return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+        for _ in range(5):
+            read_clip(path, range(16), 32, 48)
+        before = private_kib()
+        gc.disable()
+        try:
+            for _ in range(40):
+                read_clip(path, range(16), 32, 48)
+        finally:
+            gc.enable()
+        assert private_kib() - before < 20 << 10  # the frames of all the clips are 280 MiB
 
 
 class TestWindow:

@@ -1,0 +1,85 @@
+"""What is known of a table's files so far, on disk: an interrupted run does not read them again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from opensora.data.probe import VideoFacts
+from opensora.data.table_stream import TableError
+
+VERSION = 1
+# What a machine that is switched off may lose.
+SECONDS_BETWEEN_FLUSHES = 1.0
+
+
+class ProbeJournal:
+    """Results in the order of the table's rows, a line of JSON each, after one that says what they are results of.
+
+    To be used in a `with` statement; a second process on the same file is refused (TableError). A journal of another
+    table, or of one that has changed since, is begun anew; so is the rest after a line that was cut.
+    """
+
+    def __init__(self, path: Path, source: Path, verify: bool):
+        self.path, self.file = path, path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise TableError(f"'{path}' is in use: another run writes the same output") from None
+        except OSError:
+            pass  # a file system without locks
+        self.replaying, self.flushed = True, time.monotonic()
+        facts = source.stat()
+        header = [VERSION, str(source.resolve()), facts.st_size, facts.st_mtime_ns, str(Path.cwd()), verify]
+        self.file.seek(0)
+        if self._read_line() != header:
+            self.file.truncate(0)
+            self._append(header)
+
+    def __enter__(self) -> ProbeJournal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def remove(self) -> None:
+        self.path.unlink()
+
+    def complete(
+        self, prober: Callable[[Sequence[str | None]], Iterator[VideoFacts | str]], paths: Sequence[str | None]
+    ) -> Iterator[VideoFacts | str]:
+        """The results of the next `paths`: known ones from the journal, then those of `prober`, which are added."""
+        known = list(islice(self._known(), len(paths)))
+        yield from known
+        for result in prober(paths[len(known) :]) if len(known) < len(paths) else ():
+            self._append(result)
+            yield result
+
+    def _known(self) -> Iterator[VideoFacts | str]:
+        while self.replaying:
+            place = self.file.tell()
+            result = self._read_line()
+            if result is None:
+                self.file.truncate(place)
+                self.replaying = False
+            else:
+                yield VideoFacts(*result) if isinstance(result, list) else result
+
+    def _read_line(self) -> list | str | None:
+        """None: there is no whole line."""
+        line = self.file.readline()
+        try:
+            return json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return None
+
+    def _append(self, value: object) -> None:
+        self.file.write(json.dumps(value).encode() + b"\n")
+        if time.monotonic() - self.flushed > SECONDS_BETWEEN_FLUSHES:
+            self.file.flush()
+            self.flushed = time.monotonic()
