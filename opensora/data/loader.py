@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from opensora.data.batch import Batch
+from opensora.data.cache import Cache, NotCachedError, text_key
+from opensora.data.cache_clips import ClipSize, ClipWindows
 from opensora.data.captions import caption
 from opensora.data.frame_rate import map_target_fps
 from opensora.data.media import MediaError
+from opensora.data.quarantine import Quarantine
 from opensora.data.random_draws import Purpose, hash_key, to_uniform
 from opensora.data.records import Table
 from opensora.data.sampler import SampleRequest
@@ -26,7 +29,7 @@ _LISTED = 5
 
 class _Sample(NamedTuple):
     row: int
-    clip: Tensor  # [3, T, H, W]
+    tensors: dict[str, Tensor]  # "video": [3, T, H, W]; or of a cache: "latents" and those of the frames given
 
 
 @DATASETS.register("video_text")
@@ -34,11 +37,11 @@ class VideoTextDataset(Dataset):
     """Videos and images with captions, from a table.
 
     Args:
-        data_path: the table, see `records.Table`.
+        data_path: the table or the folder of its shards, see `records.Table`.
         transform_name: "resize_crop", the one there is: cover the bucket's size, then crop the centre.
         fps_max: faster videos are thinned to at most this rate, and the rate is told in the caption; None does neither.
         vmaf: tell the motion score in the caption, where the table has one.
-        memory_efficient: must be False: reading a table in shards is not part of this version.
+        memory_efficient: read the table's shards, which scripts/cnv/shard.py makes, and not the table.
         resize: "fast" scales while decoding and gives uint8; "exact" gives the pixels of torch's bilinear
             interpolation, as float.
     """
@@ -56,12 +59,18 @@ class VideoTextDataset(Dataset):
             raise ValueError(f"dataset.transform_name='{transform_name}' is unknown: use 'resize_crop'")
         if resize not in ("fast", "exact"):
             raise ValueError(f"dataset.resize='{resize}' is unknown: use 'fast' or 'exact'")
-        if memory_efficient:
-            raise ValueError("dataset.memory_efficient=True is not available in this version: set it to False")
         if not data_path:
             raise ValueError("dataset.data_path is not set: give a table with --dataset.data-path TABLE.csv")
-        self.table = Table(data_path)
+        self.table = Table(data_path, memory_efficient)
         self.fps_max, self.vmaf, self.resize = fps_max, vmaf, resize
+        self.read_clip = read_clip
+        self.use_caches(None, None)
+
+    def use_caches(self, video: Cache | None, text: Cache | None) -> None:
+        """From now on take from these what they hold, instead of pixels, and beside captions."""
+        self._cached_video, self._cached_text = video, text
+        if video is not None:
+            self.windows = ClipWindows(self.table, self.fps_max, video.description["made_with"]["windows"])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -73,6 +82,12 @@ class VideoTextDataset(Dataset):
         the batch. If no sample of the batch can be read, the error is returned: raised in a worker, it would reach the
         user as a traceback.
         """
+        try:
+            return self._read(requests)
+        except NotCachedError as error:
+            return error
+
+    def _read(self, requests: Sequence[SampleRequest]) -> Batch | ValueError:
         tried = [self._first_readable(request) for request in requests]
         readable = [sample for sample, _ in tried if sample is not None]
         if not readable:
@@ -88,24 +103,40 @@ class VideoTextDataset(Dataset):
         failures = []
         for row in (request.index, *request.substitutes):
             try:
-                return _Sample(row, self._clip(row, request)), failures
+                return _Sample(row, self._tensors(row, request)), failures
+            except NotCachedError:
+                raise
             except Exception as error:  # whatever is wrong with one file must not end a run of weeks
                 failures.append({"path": self.table.path(row), "index": row, "reason": _reason(error)})
         return None, failures
 
-    def _clip(self, row: int, request: SampleRequest) -> Tensor:
-        """The window of a file that the request's seed chooses: [3, T, H, W]."""
-        _, interval = map_target_fps(float(self.table.fps[row]), self.fps_max)
+    def _tensors(self, row: int, request: SampleRequest) -> dict[str, Tensor]:
+        """The window of a file that the request's seed chooses, or what a cache has of the one it chooses there."""
         u = float(to_uniform(hash_key(Purpose.WINDOW, request.seed)))
-        indices = window_indices(int(self.table.num_frames[row]), request.num_frames, interval, u)
-        return read_clip(self.table.path(row), indices, request.height, request.width, self.resize)
+        size = (request.num_frames, request.height, request.width)
+        if self._cached_video is None:
+            return {"video": self.clip(row, size, u)}
+        entry = self._cached_video.get(self.windows.draw(row, size, u))
+        if entry is None:
+            raise MediaError(self.table.path(row), "could not be read when cached_video was made")
+        return entry
+
+    def clip(self, row: int, size: ClipSize, u: float) -> Tensor:
+        """A window of a file, `size` (frames, height, width), that begins at `u` in [0, 1): [3, T, H, W]."""
+        num_frames, height, width = size
+        _, interval = map_target_fps(float(self.table.fps[row]), self.fps_max)
+        indices = window_indices(int(self.table.num_frames[row]), num_frames, interval, u)
+        return self.read_clip(self.table.path(row), indices, height, width, self.resize)
 
     def _collate(self, requests: Sequence[SampleRequest], samples: list[_Sample], rejected: list[dict]) -> Batch:
         rows = [sample.row for sample in samples]
-        place = requests[0]
+        place, text = requests[0], [self.caption(row) for row in rows]
+        stacked = _stack([sample.tensors for sample in samples])
+        if self._cached_text is not None:
+            stacked |= _stack([self._cached_text.get(text_key(caption)) for caption in text])
         return Batch(
-            video=torch.stack([sample.clip for sample in samples]),  # [B, 3, T, H, W]
-            text=[self._caption(row) for row in rows],
+            video=stacked.pop("video", None),  # [B, 3, T, H, W]
+            text=text,
             index=rows,
             fps=[float(map_target_fps(float(self.table.fps[row]), self.fps_max)[0]) for row in rows],
             seed=[request.seed for request in requests],
@@ -113,11 +144,18 @@ class VideoTextDataset(Dataset):
             update=place.update,
             micro_step=place.micro_step,
             rejected=rejected,
+            encoded=stacked,
+            num_frames=place.num_frames,
         )
 
-    def _caption(self, row: int) -> str:
+    def caption(self, row: int) -> str:
+        """The row's text as the encoders get it."""
         score = None if self.table.score is None else float(self.table.score[row])
         return caption(self.table.text(row), float(self.table.fps[row]), score, self.fps_max, self.vmaf)
+
+
+def _stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _reason(error: Exception) -> str:
@@ -154,7 +192,6 @@ def build_loader(
     sampler: Iterable[list[SampleRequest]],
     num_workers: int = 0,
     prefetch_factor: int | None = None,
-    pin_memory: bool = False,
 ) -> BatchLoader:
     """An iterable of `Batch`, in the sampler's order whatever the number of workers; to be iterated once.
 
@@ -162,7 +199,6 @@ def build_loader(
         sampler: yields the requests of one micro-batch at a time.
         num_workers: processes that read ahead; 0 reads in this process.
         prefetch_factor: micro-batches that each worker reads ahead, 2 by default.
-        pin_memory: hand out the video in page-locked memory.
 
     Raises (while iterating):
         RuntimeError: a worker died.
@@ -186,7 +222,6 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        pin_memory=pin_memory,
         generator=torch.Generator(),  # the global generator is the trainer's; nothing is drawn from this one for data
         **workers,
     )
@@ -199,3 +234,5 @@ def _as_it_is(batch: Batch) -> Batch:
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains: it stops its workers
+    dataset = get_worker_info().dataset
+    dataset.read_clip = Quarantine(dataset.read_clip)

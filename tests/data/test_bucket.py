@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opensora.data.aspect import closest_ratio, resolution_sizes
 from opensora.data.bucket import CHUNK_ROWS, BucketTable
@@ -110,6 +112,33 @@ def test_assignment_equals_the_naive_one_on_random_tables(case):
     assignment = buckets.assign(*columns, seed=seed, epoch=epoch)
     rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))
     expected = [naive_bucket(config, i, *row, fps_max, seed + epoch) for i, row in rows]
+    assert names_of(buckets, assignment.ids) == expected
+    assert sum(assignment.dropped.values()) == expected.count(None)
+
+
+probabilities = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
+clips = st.dictionaries(
+    st.sampled_from([5, 9, 17, 33, 65, 129]),
+    st.tuples(st.one_of(probabilities, st.tuples(probabilities, probabilities)), st.just(2)),
+)
+images = st.dictionaries(st.just(1), st.tuples(probabilities, st.just(2)))
+configs = st.dictionaries(
+    st.sampled_from(["64px", "256px", "400px", "768px"]),
+    st.tuples(clips, images).map(lambda entries: entries[0] | entries[1]).filter(bool),
+    min_size=1,
+)
+sides = st.one_of(st.integers(0, 64), st.integers(200, 300), st.integers(1, 2000))
+rates = st.one_of(st.just(math.nan), st.sampled_from([24.0, 24.000001, 48.0, 29.97]), st.floats(0.001, 1e9))
+rows = st.lists(st.tuples(st.integers(0, 300), sides, sides, rates), min_size=1, max_size=40)
+
+
+@given(configs, rows, st.sampled_from([None, 16, 24, 29.97]), st.integers(0, 2**40), st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_assignment_equals_the_naive_one_for_any_configuration(config, rows, fps_max, seed, epoch):
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    buckets = BucketTable(config, fps_max)
+    assignment = buckets.assign(*columns, seed=seed, epoch=epoch)
+    expected = [naive_bucket(config, i, *row, fps_max, seed + epoch) for i, row in enumerate(rows)]
     assert names_of(buckets, assignment.ids) == expected
     assert sum(assignment.dropped.values()) == expected.count(None)
 

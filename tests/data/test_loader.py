@@ -229,7 +229,7 @@ def test_motion_scores(folder):
     [
         ({"transform_name": "center"}, "transform_name='center' is unknown: use 'resize_crop'"),
         ({"resize": "slow"}, "resize='slow' is unknown"),
-        ({"memory_efficient": True}, "memory_efficient=True is not available"),
+        ({"memory_efficient": True}, "memory_efficient=True reads shards, and"),
         ({"data_path": None}, "data_path is not set"),
         ({"data_path": "absent.csv"}, "absent.csv' does not exist"),
     ],
@@ -245,10 +245,3 @@ def test_worker_settings_that_cannot_be_used(mixed):
         build_loader(mixed, sampler_of(mixed), -1)
     with pytest.raises(ValueError, match="prefetch_factor=0"):
         build_loader(mixed, sampler_of(mixed), 1, 0)
-
-
-@pytest.mark.gpu
-def test_pinned_batches(mixed):
-    batches = list(build_loader(mixed, sampler_of(mixed), 2, pin_memory=True))
-    assert all(batch.video.is_pinned() for batch in batches)
-    assert [facts(batch) for batch in batches] == [facts(batch) for batch in batches_of(mixed)]

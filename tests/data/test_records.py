@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from opensora.data import table_batches
 from opensora.data.records import Table
 
 TEXTS = ['a "quoted", cat', "two\nlines", "crlf\r\nline", "ünïcode – 猫 🐈", "  spaces  ", "123", "NA", "it's; a|t", ""]
@@ -139,6 +140,20 @@ def test_byte_order_mark_and_upper_case_suffix(tmp_path):
 def test_rows_longer_than_a_megabyte(tmp_path):
     text = 'long "text",\n' * 200_000
     assert Table(write(frame(text=["a", text]), tmp_path / "t.csv")).text(1) == text
+
+
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_rows_longer_than_the_blocks_that_a_csv_is_read_in(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(table_batches, "_CSV_BLOCK_BYTES", (1 << 10, 1 << 13))
+    data = frame(text=[f'{i} "{"x" * 300}"\n' for i in range(100)])
+    data.loc[place, "text"] = "long, " * 1000
+    table = Table(write(data, tmp_path / "t.csv"))
+    assert [table.text(i) for i in range(100)] == data.text.tolist()
+    np.testing.assert_array_equal(table.num_frames, data.num_frames)
+    data.loc[place, "text"] *= 10
+    with pytest.raises(ValueError, match=r"cannot be read as csv: .* block") as error:
+        Table(write(data, tmp_path / "t.csv"))
+    assert "\n" not in str(error.value)
 
 
 def test_relative_paths_start_at_the_working_directory_then_at_the_table(tmp_path, monkeypatch):
