@@ -12,7 +12,10 @@ from opensora.common import get_logger, rank
 from opensora.data.bucket import REMEDIES, Assignment, BucketTable
 from opensora.data.plan import (
     BucketOrder,
+    Leftovers,
     UpdatePlan,
+    count_rows,
+    left_over,
     micro_batch_cost,
     micro_batch_counts,
     num_updates,
@@ -112,7 +115,7 @@ class BucketSampler:
     def len_epoch(self, epoch: int) -> int:
         """Updates in the epoch's plan; for the epoch that was resumed in another layout, in the plan of the rest."""
         origin = self._origin_of(epoch)
-        counts = micro_batch_counts(self._sizes(epoch), origin, self._batch_sizes)
+        counts = micro_batch_counts(self.sizes(epoch), origin, self._batch_sizes)
         return num_updates(int(counts.sum()), self.group, whole_epoch=not origin.any())
 
     def state_dict(self, epoch: int, updates: int) -> dict[str, Any]:
@@ -146,13 +149,29 @@ class BucketSampler:
         if state["group"] != self.group or not np.array_equal(batch_sizes, self._batch_sizes):
             done = self._plan(epoch, origin, batch_sizes, state["group"]).consumed(updates, batch_sizes)
             origin, updates = origin + done, 0
-            left = int(self._sizes(epoch).sum() - origin.sum())
+            left = int(self.sizes(epoch).sum() - origin.sum())
             get_logger().info("epoch %d goes on in a new layout with the %d samples not yet seen", epoch, left)
         self._seek(epoch, updates, origin)
 
     def plan(self, epoch: int) -> UpdatePlan:
         """The updates of an epoch, from its origin on."""
         return self._plan(epoch, self._origin_of(epoch), self._batch_sizes, self.group)
+
+    def left_over(self, epoch: int, plan: UpdatePlan) -> Leftovers:
+        """What the epoch's plan leaves out of each bucket. Which samples these are changes from epoch to epoch."""
+        return left_over(plan, self.sizes(epoch), self._origin_of(epoch), self._batch_sizes)
+
+    def sizes(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of each bucket in an epoch: [num_buckets]."""
+        return count_rows(self._assign(epoch).ids, len(self.buckets))
+
+    def dropped(self, epoch: int) -> dict[str, int]:
+        """Rows that are in no bucket in an epoch, by reason (a key of `bucket.REMEDIES`)."""
+        return self._assign(epoch).dropped
+
+    def costs(self) -> NDArray[np.int64]:
+        """Relative cost of a micro-batch of each bucket: [num_buckets]."""
+        return np.array(self._costs(self._batch_sizes))
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
         start = self._updates
@@ -193,22 +212,20 @@ class BucketSampler:
         return [tuple(dict.fromkeys(row)) for row in rows.tolist()]
 
     def _plan(self, epoch: int, origin: NDArray, batch_sizes: NDArray, group: int) -> UpdatePlan:
+        return plan_updates(self.sizes(epoch), origin, batch_sizes, self._costs(batch_sizes), group, (self.seed, epoch))
+
+    def _costs(self, batch_sizes: NDArray) -> list[int]:
         buckets = zip(self.buckets.buckets, batch_sizes.tolist(), strict=True)
-        costs = [micro_batch_cost(bucket._replace(batch_size=batch_size)) for bucket, batch_size in buckets]
-        return plan_updates(self._sizes(epoch), origin, batch_sizes, costs, group, (self.seed, epoch))
+        return [micro_batch_cost(bucket._replace(batch_size=n), self.buckets.multiple) for bucket, n in buckets]
 
     def _assign(self, epoch: int) -> Assignment:
         """The bucket of each row in an epoch; the last answer is kept, for all epochs if nothing is drawn."""
         key = epoch if self.buckets.is_random else 0
-        if self._assigned is None or self._assigned[0] != key:
+        assigned = self._assigned  # the loader asks in a thread of its own
+        if assigned is None or assigned[0] != key:
             columns = (self.table.num_frames, self.table.height, self.table.width, self.table.fps)
-            self._assigned = (key, self.buckets.assign(*columns, seed=self.seed, epoch=epoch))
-        return self._assigned[1]
-
-    def _sizes(self, epoch: int) -> NDArray[np.int64]:
-        """Rows of each bucket in an epoch: [num_buckets]."""
-        ids = self._assign(epoch).ids
-        return np.bincount(ids[ids >= 0], minlength=len(self.buckets))
+            assigned = self._assigned = (key, self.buckets.assign(*columns, seed=self.seed, epoch=epoch))
+        return assigned[1]
 
     def _nothing(self) -> NDArray[np.int64]:
         return np.zeros(len(self.buckets), dtype=np.int64)
@@ -227,21 +244,23 @@ class BucketSampler:
         return f"{self.table.fingerprint}-{self.buckets.fingerprint}"
 
     def _report_plan(self, epoch: int, plan: UpdatePlan) -> None:
-        rest = self._sizes(epoch) - self._origin_of(epoch) - plan.consumed(plan.updates, self._batch_sizes)
         if 0 < plan.distinct < self.group:
             _warn(
                 "an epoch has %d micro-batches where an update takes %d: they are repeated to fill one update "
                 "(use fewer ranks or accumulation steps, smaller batch sizes or more samples)",
                 *(plan.distinct, self.group),
             )
+        rest = self.left_over(epoch, plan)
         get_logger().info(
-            "epoch %d: %d updates of %d micro-batches; %d samples are left over, others each epoch",
-            *(epoch, plan.updates, self.group, rest.sum()),
+            "epoch %d: %d updates of %d micro-batches; %d samples are left over (%d are too few for a micro-batch, "
+            "%d are in %d micro-batches too few for an update), others each epoch",
+            *(epoch, plan.updates, self.group, rest.incomplete.sum() + rest.surplus.sum()),
+            *(rest.incomplete.sum(), rest.surplus.sum(), plan.left_out),
         )
 
     def _report_shortages(self) -> None:
         """Say which rows and buckets the first epoch does not train on, and why; ValueError if that is all of them."""
-        dropped, sizes = self._assign(0).dropped, self._sizes(0)
+        dropped, sizes = self.dropped(0), self.sizes(0)
         reasons = [f"{n} {reason} ({REMEDIES[reason]})" for reason, n in dropped.items()]
         starved = [
             f"{bucket.key} ({size} of {bucket.batch_size})"
@@ -259,8 +278,9 @@ class BucketSampler:
             _warn("%d of %d rows are not used: %s", sum(dropped.values()), len(self.table), "; ".join(reasons))
         if starved:
             _warn(
-                "%d buckets have fewer samples than their batch size and are not used (reduce the batch size): %s",
-                *(len(starved), _list(starved)),
+                "%d buckets have fewer samples than their batch size and are not used, %d samples in all "
+                "(reduce the batch size): %s",
+                *(len(starved), sizes[sizes < self._batch_sizes].sum(), _list(starved)),
             )
         filled = {bucket.clip_key for bucket, size in zip(self.buckets.buckets, sizes, strict=True) if size}
         empty = [key for key in dict.fromkeys(bucket.clip_key for bucket in self.buckets.buckets) if key not in filled]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections import Counter, defaultdict
 from itertools import chain, islice, pairwise
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from opensora.common import get_logger
 from opensora.data.bucket import Bucket, BucketTable
-from opensora.data.plan import micro_batch_cost, plan_updates
+from opensora.data.plan import balance, micro_batch_cost, order_rows, plan_updates
+from opensora.data.random_draws import Purpose, hash_key
 from opensora.data.sampler import NUM_SUBSTITUTES, BucketSampler
 
 CONFIG = {"256px": {1: (1.0, 8), 17: (1.0, 3), 33: (1.0, 2)}, "128px": {1: (1.0, 16), 17: (1.0, 5)}}
@@ -144,6 +146,45 @@ def test_rows_and_micro_batches_that_are_left_over_rotate_between_epochs():
     assert len({frozenset(range(24)) - frozenset(rows([update])) for update in updates}) == 3
 
 
+@settings(max_examples=10, deadline=None)
+@given(count=st.integers(40, 120), size=st.integers(1, 4), seed=st.integers(0, 99))
+def test_over_many_epochs_every_sample_of_a_bucket_with_a_batch_is_seen(count, size, seed):
+    """A row is left out of at most about two thirds of the epochs here: of 80 in a row with a chance of 1e-14."""
+    table = mixed_table(count, seed)
+    buckets = BucketTable(CONFIG, 24)
+    ids = buckets.assign(table.num_frames, table.height, table.width, table.fps).ids
+    batch_sizes = np.array([bucket.batch_size for bucket in buckets.buckets])
+    sizes = np.bincount(ids[ids >= 0], minlength=len(batch_sizes))
+    assume((sizes // batch_sizes).sum() >= size)
+    used = (ids >= 0) & (sizes >= batch_sizes)[ids]
+    seen = set(rows(updates_of(table, size=size, epochs=80, seed=seed)))
+    assert seen == set(np.flatnonzero(used).tolist())
+
+
+def test_left_over_counts_what_an_epoch_does_not_yield(caplog):
+    get_logger().addHandler(caplog.handler)
+    table = mixed_table(333)
+    sampler = make(table, size=4)
+    rest = sampler.left_over(0, sampler.plan(0))
+    yielded = len(rows(updates_of(table, size=4)))
+    get_logger().removeHandler(caplog.handler)
+    assert rest.total.sum() == sampler.sizes(0).sum() - yielded
+    assert (rest.starved == np.where(sampler.sizes(0) < sampler._batch_sizes, sampler.sizes(0), 0)).all()
+    assert (rest.incomplete < sampler._batch_sizes).all() and (rest.surplus % sampler._batch_sizes == 0).all()
+    assert f"{rest.incomplete.sum() + rest.surplus.sum()} samples are left over" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "buckets"), [(0, 3), (1, 1), (5000, 1), (5000, 40)])
+def test_rows_of_a_bucket_are_in_the_order_of_their_hashes(count, buckets, monkeypatch):
+    monkeypatch.setattr("opensora.data.plan._CHUNK_ROWS", 777)
+    ids = np.random.default_rng(count).integers(-1, buckets, count).astype(np.int16)
+    order = order_rows(ids, buckets, 3, 2)
+    for bucket in range(buckets):
+        members = np.flatnonzero(ids == bucket)
+        expected = members[np.argsort(hash_key(Purpose.ROW_ORDER, 3, 2, members))]
+        assert order.members(bucket).tolist() == expected.tolist()
+
+
 def test_epochs_roll_over_and_end():
     table = mixed_table(200)
     sampler = make(table, accumulation=2, epochs=3)
@@ -169,6 +210,45 @@ def test_resume_in_the_same_layout_repeats_the_plan_from_where_it_stopped():
     for done in (0, 1, 7, len(whole) // 2 - 1, len(whole) // 2):
         state = make(table, size=2, accumulation=2, epochs=2, seed=3).state_dict(0, done)
         assert updates_of(table, size=2, accumulation=2, epochs=2, seed=3, state=state) == whole[done:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    count=st.integers(60, 200), size=st.integers(1, 3), accumulation=st.integers(1, 2), share=st.floats(0, 1),
+    probability=st.sampled_from([1.0, 0.6]),
+)  # fmt: skip
+def test_resume_anywhere_equals_the_rest_of_the_run(count, size, accumulation, share, probability):
+    table, layout = mixed_table(count, seed=count), {"size": size, "accumulation": accumulation, "epochs": 2}
+    config = {name: {clip: (probability, n) for clip, (_, n) in clips.items()} for name, clips in CONFIG.items()}
+    whole = updates_of(table, config, **layout)
+    done = int(share * len(whole))
+    first = make(table, config, size, 0, accumulation, epochs=2)
+    epoch, updates = (0, done) if done < first.len_epoch(0) else (1, done - first.len_epoch(0))
+    assert updates_of(table, config, state=first.state_dict(epoch, updates), **layout) == whole[done:]
+
+
+def test_resume_replays_no_batches():
+    """Going on late in an epoch calls as many functions as going on at its start."""
+
+    def calls_to_first_batch(updates: int) -> int:
+        sampler = make(table)
+        sampler.load_state_dict(make(table).state_dict(0, updates))
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            next(iter(sampler))
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    table = mixed_table(5000)
+    calls_to_first_batch(0)  # what happens only once
+    assert abs(calls_to_first_batch(make(table).len_epoch(0) - 1) - calls_to_first_batch(0)) < 20
 
 
 def test_resume_keeps_the_checkpoints_seed(warnings):
@@ -274,6 +354,11 @@ def test_updates_of_an_epoch_are_shuffled():
     means = costs[plan.bucket].reshape(-1, 4).mean(axis=1)
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.1
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.1
+
+
+def test_balance_is_the_share_of_time_at_work():
+    assert balance(np.array([[2, 4], [10, 10]])) == pytest.approx((6 + 20) / (2 * 4 + 2 * 10))
+    assert balance(np.array([[3], [7]])) == 1
 
 
 def test_cost_grows_with_batch_and_more_than_linearly_with_tokens():
