@@ -21,6 +21,10 @@ class Span(NamedTuple):
     frames: int
     tail: bool
 
+    @property
+    def name(self) -> str:
+        return f"{'tail' if self.tail else 'head'}_{self.frames}"
+
     def of(self, video: Tensor) -> Tensor:
         """[B, C, T, H, W] -> the span's frames [B, C, frames, H, W]."""
         return video[:, :, -self.frames :] if self.tail else video[:, :, : self.frames]
@@ -108,6 +112,22 @@ def fill_condition(
     return condition
 
 
+def given_frames(video: Tensor, num_latent_frames: int, causal: bool) -> Tensor:
+    """The frames of a clip [B, 3, T, H, W] that spans are taken from.
+
+    Of an autoencoder that is not causal, whole blocks only: the tail counts from the last frame that the latents hold.
+    """
+    if causal:
+        return video
+    return video[:, :, : num_latent_frames * (video.shape[2] // num_latent_frames)]
+
+
+def spans_of(condition_config: Mapping[str, float] | None, num_frames: int, causal: bool) -> list[Span]:
+    """All spans that the conditions of a config may give of a clip of `num_frames`, heads before tails."""
+    names = [name for name, weight in (condition_config or {}).items() if weight > 0 and fits(name, num_frames)]
+    return sorted({span for name in names for span in condition_spans(name, causal)})
+
+
 def build_condition(
     video: Tensor,
     latents: Tensor,
@@ -120,9 +140,7 @@ def build_condition(
     encode(frames [N, 3, t, H, W], samples) -> [N, C, t', H', W'], where `samples` are the frames' positions in the
     batch (for per-sample noise: `SampleRandom.select(samples).normal`).
     """
-    if not causal:  # whole blocks of frames only: the tail counts from the last frame that the latents hold
-        frames, blocks = video.shape[2], latents.shape[2]
-        video = video[:, :, : blocks * (frames // blocks)]
+    video = given_frames(video, latents.shape[2], causal)
 
     def encode_span(span: Span, samples: list[int]) -> Tensor:
         return encode(span.of(video[samples]), samples)

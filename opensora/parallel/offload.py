@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora.common import get_logger
+from opensora.parallel.streams import side_stream
 
 ALIGNMENT = 64  # bytes; places in the buffer begin at multiples
 LEAVING = 2  # tensors that may be on their way to the host at a time, their device memory still taken
@@ -32,7 +32,7 @@ class HostBuffer:
 
     def __init__(self, size: int, device: torch.device):
         self.size = size
-        self.copies = _SideStream(device) if device.type == "cuda" else _NoStream()
+        self.copies = side_stream(device)
         try:
             self._bytes = torch.empty(size, dtype=torch.uint8)
             self.copies.page_lock(self._bytes, owner=self)
@@ -126,46 +126,3 @@ class OffloadedTensor:
         if self._on_device is not None:
             self._let_go()
         self._buffer.free(self._start)
-
-
-class _SideStream:
-    """Copies of a CUDA device on a stream of their own."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def page_lock(self, memory: Tensor, owner: object) -> None:
-        """As it is, while `owner` is there: torch's own page-locked allocations are rounded up to a power of two."""
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if code:
-            raise RuntimeError(f"cudaHostRegister returned error {code}")
-        weakref.finalize(owner, self._unlock, memory.data_ptr()).atexit = False
-
-    def _unlock(self, address: int) -> None:
-        self._stream.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(address)
-
-    def start(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
-        """Copy after what the current stream has been given so far; returns the copy's end."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
-
-    def wait(self, copied: torch.cuda.Event) -> None:
-        """Let the current stream, not the host, wait."""
-        torch.cuda.current_stream(self._device).wait_event(copied)
-
-
-class _NoStream:
-    """Copies of a device that has no streams: made at once."""
-
-    def page_lock(self, memory: Tensor, owner: object) -> None:
-        """The device reads any memory."""
-
-    def start(self, target: Tensor, source: Tensor) -> Any:
-        target.copy_(source)
-
-    def wait(self, copied: Any) -> None:
-        """It was made at once."""

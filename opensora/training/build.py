@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader
 
 from opensora.common import to_torch_dtype
 from opensora.data.bucket import BucketTable
+from opensora.data.cache import text_key
 from opensora.data.loader import build_loader
 from opensora.data.sampler import BucketSampler
 from opensora.models.activation import checkpoint_blocks
+from opensora.models.autoencoder.posterior import Posterior
 from opensora.models.compilation import compile_blocks
 from opensora.models.frozen import build_frozen
 from opensora.models.lora import LoraStart, base_of
@@ -24,41 +26,66 @@ from opensora.parallel.engine import Engine
 from opensora.parallel.offload import HostBuffer
 from opensora.parallel.shardformer import apply_shardformer
 from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS
+from opensora.training.cache_facts import Caches, check_caches
+from opensora.training.encoders import CachedText, CachedVideo, TextEncoders, VideoEncoder
 from opensora.training.optim import build_optimizer
 from opensora.training.step import FlowMatchingStep
 
 
-def build_data(cfg, context: ParallelContext) -> tuple[BucketSampler, DataLoader]:
+def build_data(cfg, context: ParallelContext, caches: Caches) -> tuple[BucketSampler, DataLoader]:
     """The sampler of this rank and the loader that follows it, from wherever the sampler is when iterating begins."""
     dataset = DATASETS.build(cfg.dataset, where="dataset")
+    dataset.use_caches(*caches)
+    buckets = BucketTable(cfg.bucket_config, dataset.fps_max, cfg.ae_spatial_compression)
+    context.on_main(lambda: check_caches(cfg, caches, dataset, buckets))
     sampler = BucketSampler(
         dataset.table,
-        BucketTable(cfg.bucket_config, dataset.fps_max, cfg.ae_spatial_compression),
+        buckets,
         seed=cfg.seed,
         epochs=cfg.epochs,
         data_parallel_size=context.data_parallel_size,
         data_parallel_rank=context.data_parallel_rank,
         accumulation_steps=cfg.accumulation_steps,
     )
-    pin_memory = context.device.type != "cpu"
-    return sampler, build_loader(dataset, sampler, cfg.num_workers, cfg.prefetch_factor, pin_memory)
+    return sampler, build_loader(dataset, sampler, cfg.num_workers, cfg.prefetch_factor)
 
 
-def build_step(cfg, device: torch.device) -> FlowMatchingStep:
+def build_step(cfg, device: torch.device, caches: Caches) -> FlowMatchingStep:
+    """The step of a run; encoders whose work is in a cache are not built."""
     dtype = to_torch_dtype(cfg.dtype)
-    autoencoder = build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device)
-    autoencoder.drop_decoder()
+    video: VideoEncoder | CachedVideo
+    if caches.video is None:
+        video = build_video_encoder(cfg, device)
+    else:
+        posterior, is_causal = (caches.video.description[key] for key in ("posterior", "is_causal"))
+        video = CachedVideo(posterior and Posterior(*posterior), is_causal, device, dtype)
+    text: TextEncoders | CachedText
+    if caches.text is None:
+        text = build_text_encoders(cfg, device)
+    else:
+        text = CachedText(caches.text.get(text_key("")), cfg.dropout_ratio, device)
     return FlowMatchingStep(
-        autoencoder,
-        apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device)),
-        build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
+        video,
+        text,
         device=device,
         dtype=dtype,
         patch_size=cfg.model.get("patch_size", 2),
-        text_dropout=cfg.dropout_ratio,
         condition_config=cfg.condition_config,
         guidance_embed=cfg.model.guidance_embed,
     )
+
+
+def build_video_encoder(cfg, device: torch.device) -> VideoEncoder:
+    dtype = to_torch_dtype(cfg.dtype)
+    autoencoder = build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device)
+    autoencoder.drop_decoder()
+    return VideoEncoder(autoencoder, device, dtype)
+
+
+def build_text_encoders(cfg, device: torch.device) -> TextEncoders:
+    dtype = to_torch_dtype(cfg.dtype)
+    t5 = apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device))
+    return TextEncoders(t5, build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device), cfg.dropout_ratio, dtype)
 
 
 def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engine:

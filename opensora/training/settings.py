@@ -13,6 +13,7 @@ import opensora.data.loader
 import opensora.models  # noqa: F401  registers the components
 from opensora.common import to_torch_dtype
 from opensora.data.aspect import resolution_sizes
+from opensora.data.shards import find_shards
 from opensora.diffusion.conditions import check_condition_config
 from opensora.models.lora import check_targets, targets_of
 from opensora.models.requirements import missing_requirements
@@ -99,7 +100,13 @@ class TrainSettings:
     num_workers: int = setting(4, "processes that decode, per rank; 0 decodes in the trainer")
     prefetch_factor: int | None = setting(2, "batches that each of them prepares ahead")
     pin_memory_cache_pre_alloc_numels: list[int] | None = setting(
-        ABSENT, legacy="the loader pins what it needs by itself"
+        None, "elements of page-locked buffers for batches, allocated at the start; None: when a batch needs them"
+    )
+    cached_video: str | None = setting(
+        None, "folder of scripts/cnv/cache.py: take latents from it, not from videos and the autoencoder"
+    )
+    cached_text: str | None = setting(
+        None, "folder of scripts/cnv/cache.py: take text embeddings from it, not from the encoders"
     )
     num_bucket_build_workers: int = setting(ABSENT, legacy="buckets are assigned in one vectorised pass")
 
@@ -300,8 +307,10 @@ def _check_conditions(cfg: Mapping[str, Any]) -> None:
 def _check_table(path: str | None) -> None:
     if path is None:
         raise ValueError("dataset.data_path is not set: give the table of videos, --dataset.data-path TABLE.csv")
-    if Path(path).suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"dataset.data_path='{path}' is no table: a {' or '.join(TABLE_SUFFIXES)} file")
+    if Path(path).suffix.lower() not in TABLE_SUFFIXES and not Path(path).is_dir():
+        raise ValueError(
+            f"dataset.data_path='{path}' is no table: a {' or '.join(TABLE_SUFFIXES)} file, or a folder of its shards"
+        )
 
 
 def require_available(cfg: Mapping[str, Any]) -> None:
@@ -314,7 +323,6 @@ def require_available(cfg: Mapping[str, Any]) -> None:
             f'set --plugin zero2 --plugin_config "{kept}"'
         )
     later = {
-        "dataset.memory_efficient": "set --dataset.memory-efficient False",
         "async_io": "set --async-io False: checkpoints are written before the next step",
     }
     reasons += [
@@ -332,8 +340,8 @@ def require_available(cfg: Mapping[str, Any]) -> None:
 
 def check_paths(cfg: Mapping[str, Any]) -> None:
     """The files and folders that the config names exist (FileNotFoundError) and fit the model (ValueError)."""
-    path = cfg["dataset"]["data_path"]
-    if not Path(path).is_file():
+    path = Path(cfg["dataset"]["data_path"])
+    if find_shards(path, bool(get(cfg, "dataset.memory_efficient"))) is None and not path.is_file():
         raise FileNotFoundError(
             f"dataset.data_path='{path}' does not exist: make it with scripts/cnv/meta.py (see datasets/README.md)"
         )

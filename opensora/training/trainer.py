@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from opensora.data.batch import Batch
 from opensora.models.lora import check_resumable
 from opensora.models.sources import run_settings
 from opensora.parallel.context import ParallelContext
+from opensora.parallel.staging import StagedBatches
 from opensora.parallel.timing import PhaseTimer
 from opensora.training import callbacks
 from opensora.training.build import build_data, build_engine, build_step
+from opensora.training.cache_facts import open_caches
 from opensora.training.checkpoint import Checkpointer, prune, read_running_states
 from opensora.training.ema import ExponentialMovingAverage
 from opensora.training.optim import LearningRate
@@ -39,11 +42,12 @@ class Trainer:
         checkpoint = context.on_main(lambda: find_checkpoint(cfg)) if cfg.load else None
         self.state = TrainState()
         self.resumed_at: int | None = None
-        self.sampler, self.loader = build_data(cfg, context)
+        caches = open_caches(cfg)
+        self.sampler, self.loader = build_data(cfg, context, caches)
         self._place(checkpoint)
         self.total_updates = self._total_updates()
         self.run_folder = self._open_run_folder(checkpoint)
-        self.step = build_step(cfg, context.device)
+        self.step = build_step(cfg, context.device, caches)
         self.engine = build_engine(cfg, context, checkpoint)
         self.ema = ExponentialMovingAverage(self.engine.shards(), cfg.ema_decay) if cfg.ema_decay else None
         self.checkpointer = Checkpointer(context, self.engine, self.ema)
@@ -59,9 +63,10 @@ class Trainer:
         """Train until `max_steps` updates or `epochs` epochs are done."""
         try:
             self._notify("on_start")
-            for micro_batches in self._updates():
-                metrics = self._update(micro_batches)
-                self._notify("on_update", metrics)
+            with closing(self._updates()) as updates:
+                for micro_batches in updates:
+                    metrics = self._update(micro_batches)
+                    self._notify("on_update", metrics)
             self._notify("on_end")
         finally:
             for callback in self.callbacks:
@@ -86,13 +91,19 @@ class Trainer:
         if self.state.global_step >= self.total_updates:
             get_logger().info(f"nothing to do: {self.state.global_step} of {self.total_updates} updates are done")
             return
-        batches = iter(self.loader)
-        while self.cfg.max_steps is None or self.state.global_step < self.cfg.max_steps:
-            with self.timer("data", on_device=False):
-                first = next(batches, None)
-            if first is None:
-                return
-            yield self._micro_batches(first, batches)
+        with self._stage(iter(self.loader)) as batches:
+            while self.cfg.max_steps is None or self.state.global_step < self.cfg.max_steps:
+                with self.timer("data", on_device=False):
+                    first = next(batches, None)
+                if first is None:
+                    return
+                yield self._micro_batches(first, batches)
+
+    def _stage(self, batches: Iterator[Batch]) -> StagedBatches:
+        pixel_size = 1 if self.cfg.dataset.get("resize", "fast") == "fast" else 4  # bytes of a colour's value
+        return StagedBatches(
+            batches, self.context.device, self.cfg.pin_memory_cache_pre_alloc_numels, element_size=pixel_size
+        )
 
     def _micro_batches(self, first: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield first

@@ -224,7 +224,6 @@ def test_latents_fit_the_model_where_both_are_known(load):
             "plugin='hybrid': tensor and sequence parallelism are not available in this version: set --plugin zero2",
         ),
         ("--async-io True", "async_io=True is not available in this version: set --async-io False"),
-        ("--dataset.memory-efficient True", "dataset.memory_efficient=True is not available in this version"),
         ("--dtype fp16", "dtype='fp16' is not available for training in this version: set --dtype bf16 or fp32"),
     ],
 )
@@ -238,6 +237,7 @@ def test_what_later_versions_bring(load, overrides, complaint):
     ("override", "complaint"),
     [
         ("--dataset.data-path {folder}/none.csv", "none.csv' does not exist: make it with scripts/cnv/meta.py"),
+        ("--dataset.memory-efficient True", "make them with `python scripts/cnv/shard.py {folder}/table.csv`"),
         (
             "--ae.from-pretrained {folder}/none.safetensors",
             "ae.from_pretrained='{folder}/none.safetensors' does not exist",

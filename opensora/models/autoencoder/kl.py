@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.autoencoder.fused_norm import fuse_norms
+from opensora.models.autoencoder.posterior import Posterior
 from opensora.models.compilation import why_not_compile
-
-# Of the logarithm of the posterior's variance, as the autoencoders were trained.
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class KLAutoencoder(nn.Module, ABC):
@@ -53,11 +51,7 @@ class KLAutoencoder(nn.Module, ABC):
             ValueError: a size that `latent_size` refuses.
         """
         self.latent_size(tuple(video.shape[2:]))
-        moments = self.moments(video)  # [B, 2C, t, h, w]
-        z, log_variance = moments.float().chunk(2, dim=1)
-        if noise is not None:
-            z = z + (log_variance.clamp(*LOG_VARIANCE_RANGE) / 2).exp() * noise(z.shape)
-        return (self.scale_factor * (z - self.shift_factor)).to(moments.dtype)
+        return Posterior(self.scale_factor, self.shift_factor).latents(self.moments(video), noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, t, h, w] -> pixels [B, c, T, H, W], about [-1, 1], not clamped."""

@@ -57,7 +57,7 @@ class CutCaptions(Callback):
     """Says at the end of a run how many captions were longer than their encoder's `max_length`, over all ranks."""
 
     def on_end(self, trainer) -> None:
-        for name, encoder in (("t5", trainer.step.t5), ("clip", trainer.step.clip)):
+        for name, encoder in trainer.step.text.encoders.items():
             counts = torch.tensor([encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut])
             seen, cut, tokens = trainer.context.sum(counts.to(trainer.context.device)).tolist()
             if cut:

@@ -1,0 +1,186 @@
+"""A cache gives back what was put in, whoever wrote it, and picks windows as the sample's numbers say."""
+
+import itertools
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opensora.data.cache import (
+    Cache,
+    NotCachedError,
+    ShardWriter,
+    StoredKeys,
+    begin,
+    complete,
+    entry_key,
+    read_description,
+    text_key,
+)
+from opensora.data.cache_clips import ClipWindows, clip_requests
+from opensora.data.video import window_indices
+
+DESCRIPTION = {"made_with": {"dtype": "torch.bfloat16"}, "covers": {}}
+
+
+def entry(number: int, frames: int = 2) -> dict[str, torch.Tensor]:
+    tensor = torch.full((3, frames, 4), number, dtype=torch.bfloat16)
+    return {"latents": tensor, "head_1": tensor[:, :1].clone() + 1}
+
+
+def write(folder, numbers, shard_bytes=200, frames=lambda number: 2):
+    writer = ShardWriter(folder, shard_bytes)
+    for number in numbers:
+        writer.add(entry_key("entry", number), entry(number, frames(number)))
+    writer.flush()
+
+
+def same(found, expected) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_entries_come_back_from_shards_of_several_writers(tmp_path):
+    begin(tmp_path, DESCRIPTION)
+    frames = lambda number: 1 + number // 20  # noqa: E731
+    for first in range(3):
+        write(tmp_path, [0, *range(first, 60, 3)], frames=frames)  # entry 0 by all
+    assert complete(tmp_path, DESCRIPTION, [entry_key("entry", 100)]) == 60
+    cache = Cache(tmp_path, "cached_video")
+    for number in np.random.default_rng(0).permutation(60).tolist():
+        assert same(cache.get(entry_key("entry", number)), entry(number, frames(number)))
+    assert cache.get(entry_key("entry", 100)) is None and entry_key("entry", 100) in cache
+    with pytest.raises(NotCachedError, match=r"cached_video=.*is stale.*cache.py"):
+        cache.get(entry_key("entry", 61))
+
+
+def test_keys_of_equal_first_halves_are_told_apart(tmp_path):
+    writer = ShardWriter(tmp_path)
+    keys = [type(text_key(""))(7, low) for low in (5, -3, 9)]
+    for number, key in enumerate(keys):
+        writer.add(key, entry(number))
+    writer.flush()
+    complete(tmp_path, DESCRIPTION, [])
+    cache = Cache(tmp_path, "cached_video")
+    assert all(same(cache.get(key), entry(number)) for number, key in enumerate(keys))
+    assert type(keys[0])(7, 6) not in cache
+
+
+def test_what_was_not_written_to_the_end_is_not_there(tmp_path):
+    begin(tmp_path, DESCRIPTION)
+    write(tmp_path, range(5))
+    stopped = tmp_path / "shards/.half.safetensors.1234"
+    stopped.write_bytes(b"\0" * 10)
+    with pytest.raises(FileNotFoundError, match="is not complete"):
+        Cache(tmp_path, "cached_video")
+    begin(tmp_path, {"made_with": {"dtype": "other"}, "covers": {}})  # the first description stays
+    assert not stopped.exists() and read_description(tmp_path)["made_with"] == DESCRIPTION["made_with"]
+    stored = StoredKeys(tmp_path)
+    assert [entry_key("entry", number) in stored for number in range(7)] == [True] * 5 + [False] * 2
+    write(tmp_path, range(5, 7))
+    assert complete(tmp_path, DESCRIPTION, []) == 7
+
+
+def test_an_older_index_serves_until_the_new_one_is_there(tmp_path):
+    write(tmp_path, range(5))
+    complete(tmp_path, DESCRIPTION, [])
+    begin(tmp_path, DESCRIPTION)
+    write(tmp_path, range(5, 30))
+    cache = Cache(tmp_path, "cached_video")
+    assert same(cache.get(entry_key("entry", 4)), entry(4)) and entry_key("entry", 6) not in cache
+    complete(tmp_path, DESCRIPTION, [])
+    assert len(list(tmp_path.glob("index-*.npy"))) == 1
+    assert same(Cache(tmp_path, "cached_video").get(entry_key("entry", 29)), entry(29))
+    assert same(cache.get(entry_key("entry", 3)), entry(3))  # a run that goes on with the old one
+
+
+def test_no_cache_and_another_format(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no cache"):
+        Cache(tmp_path, "cached_text")
+    write(tmp_path, [1])
+    complete(tmp_path, DESCRIPTION, [])
+    file = tmp_path / "cache.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        Cache(tmp_path, "cached_text")
+
+
+def read_all(cache, results):
+    results.put([cache.get(entry_key("entry", number))["latents"].flatten()[0].item() for number in range(30)])
+
+
+def test_forked_readers_share_a_cache(tmp_path):
+    write(tmp_path, range(30))
+    complete(tmp_path, DESCRIPTION, [])
+    cache = Cache(tmp_path, "cached_video")
+    cache.get(entry_key("entry", 0))  # a shard is open when they fork
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    readers = [fork.Process(target=read_all, args=(cache, results)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    assert [results.get(timeout=30) for _ in readers] == [list(range(30))] * 2
+    for reader in readers:
+        reader.join()
+
+
+@given(st.lists(st.text(max_size=40), max_size=20, unique=True))
+@settings(max_examples=50)
+def test_texts_have_keys_of_their_own(texts):
+    assert len({text_key(text) for text in texts}) == len(texts)
+    assert all(text_key(text) != entry_key("clip", text) for text in texts)
+
+
+class Files:
+    """What `ClipWindows` needs of a table."""
+
+    def __init__(self, lengths, fps=24.0):
+        self.num_frames, self.fps = np.array(lengths), np.full(len(lengths), fps)
+
+    def listed_path(self, row):
+        return f"{row}.mp4"
+
+
+@given(st.integers(5, 400), st.sampled_from([5, 33]), st.sampled_from([24.0, 48.0, 10.0]), st.integers(1, 6))
+@settings(max_examples=200)
+def test_windows_are_distinct_and_spread_over_the_file(total, num_frames, fps, at_most):
+    if total < num_frames:
+        return
+    windows = ClipWindows(Files([total], fps), 24, at_most)
+    interval, size = int(fps // 24) or 1, (num_frames, 64, 64)
+    count = windows.count(0, num_frames)
+    begins = [window_indices(total, num_frames, interval, windows.window(0, size, nth).u)[0] for nth in range(count)]
+    possible = {int(window_indices(total, num_frames, interval, u)[0]) for u in np.arange(0, 1, 1 / 1024)}
+    assert count == min(at_most, len(possible)) and len(set(begins)) == count and set(map(int, begins)) <= possible
+    for first, nth in zip(begins, range(count), strict=True):  # one in each part of the file
+        assert int(nth / count * len(possible)) <= first <= int((nth + 1) / count * len(possible))
+
+
+def test_a_sample_draws_every_window_alike():
+    windows, size = ClipWindows(Files([100]), None, 4), (5, 64, 64)
+    keys = [windows.window(0, size, nth).key for nth in range(4)]
+    drawn = [windows.draw(0, size, u) for u in np.linspace(0, 1, 400, endpoint=False)]
+    assert [drawn.count(key) for key in keys] == [100] * 4
+
+
+def test_a_key_is_of_the_file_and_the_clip_not_of_the_row():
+    first, second = Files([50, 60]), Files([60, 50])
+    second.listed_path = lambda row: f"{1 - row}.mp4"
+    for size, nth in itertools.product([(5, 64, 64), (9, 64, 64), (5, 64, 48)], range(2)):
+        ours, theirs = (ClipWindows(table, 24, 2) for table in (first, second))
+        assert ours.window(0, size, nth) == theirs.window(1, size, nth)
+        assert ours.window(0, size, nth) != theirs.window(0, size, nth)
+    assert ClipWindows(first, 24, 2).window(0, (5, 64, 64), 0) != ClipWindows(first, 12, 2).window(0, (5, 64, 64), 0)
+
+
+def test_requests_leave_out_what_is_done():
+    windows, size = ClipWindows(Files([5, 50, 50, 5]), 24, 3), (5, 64, 64)
+    every = [request for batch in clip_requests(windows, size, np.arange(4), 3, lambda key: False) for request in batch]
+    assert [request.row for request in every] == [0, 1, 1, 1, 2, 2, 2, 3]
+    done = {request.window.key for request in every[::2]}
+    batches = list(clip_requests(windows, size, np.arange(4), 3, done.__contains__))
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert [request for batch in batches for request in batch] == every[1::2]
