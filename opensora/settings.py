@@ -241,15 +241,25 @@ def check_weights(cfg: Mapping[str, Any], sections: Iterable[str]) -> None:
             )
 
 
+TEXT_INPUTS = {"t5": "context_in_dim", "clip": "vec_in_dim"}  # the model's setting for the width of each encoder
+
+
 def check_text_widths(cfg: Mapping[str, Any], width_of: Callable[[str], int]) -> None:
     """The text encoders are as wide as the model takes them, where they lie on this machine.
 
     width_of: the width of the encoder in a folder.
     """
-    for section, key in (("t5", "context_in_dim"), ("clip", "vec_in_dim")):
-        path, takes = cfg[section]["from_pretrained"], cfg["model"][key]
-        if not is_hub_name(path) and width_of(path) != takes:
-            raise ValueError(
-                f"model.{key}={takes}, but {section}.from_pretrained='{path}' is {width_of(path)} wide: "
-                f"set --model.{key.replace('_', '-')} {width_of(path)}, or the encoder that the model was made for"
-            )
+    for section in TEXT_INPUTS:
+        path = cfg[section]["from_pretrained"]
+        if not is_hub_name(path):
+            check_text_width(cfg, section, width_of(path))
+
+
+def check_text_width(cfg: Mapping[str, Any], section: str, width: int) -> None:
+    """ValueError unless the text encoder of `section` is as wide as the model takes it."""
+    key = TEXT_INPUTS[section]
+    if width != cfg["model"][key]:
+        raise ValueError(
+            f"model.{key}={cfg['model'][key]}, but {section}.from_pretrained='{cfg[section]['from_pretrained']}' is "
+            f"{width} wide: set --model.{key.replace('_', '-')} {width}, or the encoder that the model was made for"
+        )

@@ -203,7 +203,7 @@ def test_checkpoint_and_run_folder(run, caplog):
     assert_equal(load_file("ema16.safetensors"), convert(averages, OPEN_SORA, FLUX))
     settings = {"type": "flux", **SMALL, "cond_embed": True, "from_pretrained": "exp.safetensors"}
     assert_equal(build_model(settings, torch.bfloat16, "cpu").state_dict(), state)
-    with pytest.raises(FileNotFoundError, match=r"global_step10 has no averaged weights .* leave --ema out"):
+    with pytest.raises(FileNotFoundError, match=r"asked for, and \S+global_step10 has none"):
         run("outputs/exp/epoch0-global_step10", "x.safetensors", "--to", "flux", "--ema")
 
 
@@ -258,7 +258,7 @@ def write_some_inputs():
         ("small.safetensors out.pt --to flux", r"OUT=out.pt: weights are written to a .safetensors file or"),
         ("small.safetensors none/out --to flux", r"OUT=none/out: there is no folder none: make it first"),
         ("none.safetensors out --to flux", r"none.safetensors: no such file or folder"),
-        ("small.safetensors out --to flux --ema", r"has no averaged weights \(ema/\)"),
+        ("small.safetensors out --to flux --ema", r"averaged weights were asked for, and \S+ has none"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(run, command, message):
@@ -412,6 +412,19 @@ def documented():
     return re.findall(r"^python scripts/ckpts/convert\.py (.*)$", text, flags=re.MULTILINE)
 
 
+def adapters(folder, state):
+    """A checkpoint of adapters of one layer, trained on Open_Sora_v2."""
+    (folder / "lora").mkdir(parents=True)
+    (folder / "running_states.json").write_text("{}")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["linear2"]}
+    config["base_model_name_or_path"] = "ckpts/Open_Sora_v2.safetensors"
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    out, in_ = state["single_blocks.0.linear2.weight"].shape
+    name = "base_model.model.single_blocks.0.linear2"
+    pair = {f"{name}.lora_A.weight": torch.ones(2, in_), f"{name}.lora_B.weight": torch.ones(out, 2)}
+    save_file(pair, folder / "lora" / "adapter_model.safetensors")
+
+
 def test_commands_are_documented():
     commands = " ".join(documented())
     assert len(documented()) >= 4
@@ -434,6 +447,7 @@ def test_documented_command(run, command):
         "ckpts/FLUX.1-dev/transformer/diffusion_pytorch_model.safetensors"
     )
     checkpoint(Path("outputs/your_experiment/epoch0-global_step100"), state, state, wide)
+    adapters(Path("outputs/your_style/epoch0-global_step10"), state)
     before = set(Path().rglob("*"))
     run(*shlex.split(command))
     out = Path(shlex.split(command)[1])

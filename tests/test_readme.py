@@ -7,6 +7,7 @@ names. Nothing is trained or downloaded here.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 from opensora.config import load_config
 from opensora.inference.settings import InferenceSettings
 from opensora.inference.settings import validate as validate_inference
+from opensora.training.cache_settings import CacheSettings
 from opensora.training.settings import TrainSettings
 from opensora.training.settings import validate as validate_training
 
@@ -44,9 +46,22 @@ PROMISED = [
     'configs/diffusion/inference/t2i2v_256px.py --save-dir samples --prompt "raining, sea" '
     "--model.from_pretrained outputs/your_experiment/epoch*-global_step*",
 ]
+
+
+def script_module(path: str):
+    """A script of the repository, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their annotations there
+    spec.loader.exec_module(module)
+    return module
+
+
 LOADED_BY = {
     "scripts/diffusion/train.py": (TrainSettings, validate_training),
     "scripts/diffusion/inference.py": (InferenceSettings, validate_inference),
+    "scripts/cnv/cache.py": (CacheSettings, validate_training),
+    "scripts/cnv/buckets.py": (script_module("scripts/cnv/buckets.py").BucketsSettings, validate_training),
 }
 PLAIN = {"cat", "cd", "export", "git", "ls", "mv", "source", "tail", "tar", "tensorboard"}  # not ours to check
 SEPARATORS = {"&&", "||", "|", ";"}

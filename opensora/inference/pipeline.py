@@ -22,6 +22,7 @@ from opensora.models.frozen import build_frozen
 from opensora.models.weights import build_model
 from opensora.parallel.shardformer import apply_shardformer
 from opensora.registry import AUTOENCODERS, TEXT_ENCODERS
+from opensora.settings import check_text_width
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Pipeline:
         """
         dtype = to_torch_dtype(cfg.dtype)
 
+        t5 = apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device))
+        clip = build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device)
+        for section, encoder in (("t5", t5), ("clip", clip)):
+            check_text_width(cfg, section, encoder.width)  # of a hub name only known now
         torch.manual_seed(cfg.seed)  # initial weights are those that training with this seed starts from
         model_settings = {**cfg.model, "from_pretrained": weights and str(weights)}
         model = build_model(model_settings, dtype, device, cfg.use_ema, lora=lora, lora_scale=cfg.lora_scale)
@@ -85,8 +90,8 @@ class Pipeline:
         return cls(
             model,
             build_frozen(AUTOENCODERS, cfg.ae, "ae", dtype, device),
-            apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device)),
-            build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device),
+            t5,
+            clip,
             options=SamplerOptions.from_config(cfg.sampling_option),
             size=size,
             device=device,

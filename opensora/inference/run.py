@@ -18,7 +18,7 @@ from opensora.inference.pipeline import Pipeline, Request
 from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
 from opensora.inference.references import check_references
 from opensora.inference.size import Compression, SampleSize
-from opensora.models.sources import find_weights, open_model
+from opensora.models.sources import download, find_weights, open_model
 from opensora.models.text import cut_summary
 from opensora.registry import AUTOENCODERS, DATASETS
 
@@ -111,6 +111,7 @@ def sample_all(cfg, context) -> None:
 
     Ranks do not wait for each other at the end: the last of a list may take longer than a time-out.
     """
+    download(cfg.model.get("from_pretrained"))  # on every rank, since others would wait for rank 0 only so long
     plan = context.on_main(lambda: make_plan(cfg))
     if not plan.jobs:
         get_logger().info("nothing to sample")

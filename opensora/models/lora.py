@@ -53,9 +53,12 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class LoraStart:
-    """Adapters to train: new ones (`config`, of peft), or those in a folder (`folder`); the other one is None.
+    """Adapters to train.
 
-    base: the weights that they adapt, named in their config for whom they are given to.
+    Attributes:
+        config: of peft.
+        folder: adapters to go on from; None makes new ones.
+        base: the weights that they adapt, named in their config for whom they are given to.
     """
 
     config: Any
@@ -63,21 +66,27 @@ class LoraStart:
     base: str
 
     @classmethod
-    def new(cls, lora: Mapping[str, Any], fused_qkv: bool, base: str) -> LoraStart:
-        """By a config's `lora_config`."""
+    def of(cls, lora: Mapping[str, Any], fused_qkv: bool, base: str, checkpoint: Path | None) -> LoraStart:
+        """By a config's `lora_config`, going on from `checkpoint` if there is one (`check_resumable`)."""
         from peft import LoraConfig
 
+        folder = checkpoint and find_adapters(checkpoint)
         arguments = {key: value for key, value in lora.items() if value is not None}
-        return cls(LoraConfig(**{**arguments, "target_modules": targets_of(lora, fused_qkv)}), None, base)
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint: Path, base: str) -> LoraStart:
-        return cls(None, find_adapters(checkpoint), base)
+        saved = _read_config(folder)["target_modules"] if folder else None
+        arguments["target_modules"] = list(lora.get("target_modules") or saved or TARGETS[fused_qkv])
+        return cls(LoraConfig(**arguments), folder, base)
 
 
 def targets_of(lora: Mapping[str, Any], fused_qkv: bool) -> list[str]:
-    """The ends of the names of the layers that are adapted."""
+    """The ends of the names of the layers that get new adapters."""
     return list(lora.get("target_modules") or TARGETS[fused_qkv])
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Fill the adapters of a peft model with those of a folder."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))  # by way of the host: peft's own reads to GPU 0
 
 
 def check_targets(targets: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -111,9 +120,10 @@ def check_resumable(checkpoint: Path, lora: Mapping[str, Any] | None) -> None:
             f"--model.from_pretrained {checkpoint}"
         )
     saved = _read_config(folder)
-    for key in ("r", "lora_alpha", "use_rslora"):
-        if lora.get(key) is not None and lora[key] != saved[key]:
-            raise ValueError(f"lora_config.{key}={lora[key]}, but {folder} was trained with {saved[key]}: set it so")
+    for key, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
+        trained = saved.get(key, default)
+        if lora.get(key) is not None and lora[key] != trained:
+            raise ValueError(f"lora_config.{key}={lora[key]}, but {folder} was trained with {trained}: set it so")
     if lora.get("target_modules") and set(lora["target_modules"]) != set(saved["target_modules"]):
         raise ValueError(
             f"lora_config.target_modules={list(lora['target_modules'])}, but {folder} has "
@@ -233,6 +243,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         strange = [key for key, value in PLAIN.items() if (config.get(key) or value) != value]
         missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
+        if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
+            strange.append("init_lora_weights")  # PiSSA and its like change the base weights too
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} is no config of peft's ({error}): save or download it again") from error
     if strange or missing:

@@ -32,6 +32,13 @@ def find_weights(from_pretrained: str | Sequence[str]) -> Path:
     return download_weights(name)
 
 
+def download(from_pretrained: str | Sequence[str] | None) -> None:
+    """Have what `from_pretrained` names on the Hugging Face hub in the hub's cache; nothing for what is a path here.
+    Processes that ask for the same file wait for one of them."""
+    if isinstance(from_pretrained, str) and is_hub_name(from_pretrained) and not Path(from_pretrained).exists():
+        download_weights(from_pretrained)
+
+
 def open_model(path: Path, use_ema: bool = False, lora: Path | None = None, lora_scale: float = 1.0) -> WeightSource:
     """The weights of a transformer, with adapters merged into them: those of `lora`, or the checkpoint's own where
     `path` is one of adapters.
@@ -49,7 +56,7 @@ def open_model(path: Path, use_ema: bool = False, lora: Path | None = None, lora
     if base is None:
         raise FileNotFoundError(
             f"{path} holds adapters, and what they were trained on is not where it was ({Adapters.read(path).base}): "
-            f"give it as --model.from_pretrained, and the adapters as --lora {path}"
+            f"give it in their place, and the adapters as --lora {path}"
         )
     adapters = Adapters.read(adapters_at, use_ema, lora_scale)
     source = open_model(base)

@@ -128,8 +128,8 @@ def open_averages(checkpoint: Path) -> WeightSource:
     folder = checkpoint / "ema"
     if not (folder / ".metadata").is_file():
         raise FileNotFoundError(
-            f"use_ema=True: {checkpoint} has no averaged weights (ema/): take a checkpoint of a run with ema_decay, "
-            "or leave use_ema out"
+            f"averaged weights were asked for, and {checkpoint} has none (ema/): take a checkpoint of a run with "
+            "ema_decay, or leave that out"
         )
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     saved = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models.lora import LoraStart, plain_name
+from opensora.models.lora import LoraStart, load_adapters, plain_name
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.host import errors_only, import_colossalai, register_host_accelerator
 from opensora.parallel.shards import ParameterShard
@@ -69,8 +69,10 @@ class Engine:
         self._booster = Booster(plugin=self._zero_plugin(plugin_config, dtype, grad_clip))
         if lora is not None:
             with errors_only():  # it warns of learning rates
-                model = self._booster.enable_lora(model, lora.folder and str(lora.folder), lora.config)
+                model = self._booster.enable_lora(model, lora_config=lora.config)
             model.to(dtype)  # peft makes adapters in fp32; as all trained weights they get fp32 masters
+            if lora.folder is not None:
+                load_adapters(model, lora.folder)
             model.peft_config["default"].base_model_name_or_path = lora.base  # peft takes it from models it knows
         wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
         assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"
@@ -137,18 +139,24 @@ class Engine:
         """The optimizer's state of one shard ("exp_avg", "step", ...); the dict itself, to read or to fill."""
         return self.optimizer.optim.state[shard.master]
 
-    def restore_optimizer_state(self, shard: ParameterShard, saved: Mapping[str, Any]) -> None:
-        """Fill the state of a bitsandbytes optimizer: it makes its tensors itself, paged memory among them.
-
-        Raises:
-            ValueError: `saved` is of other sizes or types than the optimizer's own.
-        """
+    def make_optimizer_state(self, shard: ParameterShard) -> None:
+        """Let a bitsandbytes optimizer make its state of a shard: in paged memory, if it is such a one. torch's make
+        theirs in the first step."""
         inner = self.optimizer.optim
+        if not hasattr(inner, "init_state"):
+            return
         for group_index, group in enumerate(inner.param_groups):
             for index, master in enumerate(group["params"]):
                 if master is shard.master:
                     inner.init_state(group, master, group_index, index)
-        state = inner.state[shard.master]
+
+    def restore_optimizer_state(self, shard: ParameterShard, saved: Mapping[str, Any]) -> None:
+        """Fill the state of a bitsandbytes optimizer (`make_optimizer_state`).
+
+        Raises:
+            ValueError: `saved` is of other sizes or types than the optimizer's own.
+        """
+        state = self.optimizer_state(shard)
         for key, value in saved.items():
             if not torch.is_tensor(value):
                 state[key] = value

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from opensora.common import to_torch_dtype
+from opensora.common import get_logger, to_torch_dtype
 from opensora.data.bucket import BucketTable
 from opensora.data.cache import text_key
 from opensora.data.loader import build_loader
@@ -19,13 +18,14 @@ from opensora.models.compilation import compile_blocks
 from opensora.models.frozen import build_frozen
 from opensora.models.lora import LoraStart, base_of
 from opensora.models.offload import offload_inputs
-from opensora.models.sources import find_weights
+from opensora.models.sources import find_weights, open_model
 from opensora.models.weights import build_model
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
 from opensora.parallel.offload import HostBuffer
 from opensora.parallel.shardformer import apply_shardformer
 from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS
+from opensora.settings import check_text_width
 from opensora.training.cache_facts import Caches, check_caches
 from opensora.training.encoders import CachedText, CachedVideo, TextEncoders, VideoEncoder
 from opensora.training.optim import build_optimizer
@@ -85,15 +85,20 @@ def build_video_encoder(cfg, device: torch.device) -> VideoEncoder:
 def build_text_encoders(cfg, device: torch.device) -> TextEncoders:
     dtype = to_torch_dtype(cfg.dtype)
     t5 = apply_shardformer(build_frozen(TEXT_ENCODERS, cfg.t5, "t5", dtype, device))
-    return TextEncoders(t5, build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device), cfg.dropout_ratio, dtype)
+    clip = build_frozen(TEXT_ENCODERS, cfg.clip, "clip", dtype, device)
+    for section, encoder in (("t5", t5), ("clip", clip)):
+        check_text_width(cfg, section, encoder.width)  # of a hub name only known now
+    return TextEncoders(t5, clip, cfg.dropout_ratio, dtype)
 
 
 def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engine:
     """The trained model, from `checkpoint`, `model.from_pretrained` or from scratch, under its optimizer and plugin."""
     dtype = to_torch_dtype(cfg.dtype)
     settings = {**cfg.model, "from_pretrained": _weights(cfg, checkpoint)}
+    lora = _lora(cfg, settings["from_pretrained"], checkpoint)
+    _check_condition_is_trained(cfg, lora)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-    model: nn.Module = build_model(settings, dtype, context.device)
+    model = build_model(settings, dtype, context.device)
     recomputed = []
     if cfg.grad_checkpoint:
         recomputed = checkpoint_blocks(model, cfg.model.grad_ckpt_settings, cfg.model.grad_ckpt_policy)
@@ -109,7 +114,7 @@ def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engi
         cfg.plugin_config,
         dtype,
         cfg.grad_clip,
-        lora=_lora(cfg, settings["from_pretrained"], checkpoint),
+        lora=lora,
     )
 
 
@@ -117,15 +122,33 @@ def _weights(cfg, checkpoint: Path | None) -> str | None:
     """What the model's weights are loaded from; beside a checkpoint's adapters, what these were trained on."""
     if checkpoint is not None and cfg.lora_config is None:
         return str(checkpoint)
-    if cfg.lora_config is None or not cfg.model.from_pretrained:
+    if cfg.lora_config is None:
         return cfg.model.from_pretrained
-    base = checkpoint and base_of(checkpoint)
-    return str(base or find_weights(cfg.model.from_pretrained).resolve())
+    given = find_weights(cfg.model.from_pretrained).absolute()  # not resolved: a hub cache's links have the names
+    if checkpoint is None:
+        return str(given)
+    trained_on = base_of(checkpoint)
+    if trained_on is None:
+        get_logger().warning(
+            f"what the adapters of {checkpoint} were trained on is not where it was: going on with {given}"
+        )
+    elif trained_on != given:
+        get_logger().warning(f"the adapters of {checkpoint} were trained on {trained_on}: taken instead of {given}")
+    return str(trained_on or given)
 
 
 def _lora(cfg, base: str, checkpoint: Path | None) -> LoraStart | None:
     if cfg.lora_config is None:
         return None
-    if checkpoint is not None:
-        return LoraStart.of_checkpoint(checkpoint, base)
-    return LoraStart.new(cfg.lora_config, cfg.model.get("fused_qkv", True), base)
+    return LoraStart.of(cfg.lora_config, cfg.model.get("fused_qkv", True), base, checkpoint)
+
+
+def _check_condition_is_trained(cfg, lora: LoraStart | None) -> None:
+    """An image-to-video model from text-to-video weights has a `cond_in` of zeros, which adapters leave as it is."""
+    if lora is None or not cfg.model.get("cond_embed") or "cond_in" in lora.config.target_modules:
+        return
+    if "cond_in.weight" not in open_model(Path(lora.base)).shapes:
+        raise ValueError(
+            f"model.cond_embed=True, but {lora.base} has no cond_in, and adapters would leave it zero: no condition "
+            "would be seen. Start from image-to-video weights, or add 'cond_in' to lora_config.target_modules"
+        )

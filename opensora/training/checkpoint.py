@@ -105,11 +105,12 @@ class Checkpointer:
         kinds = {key.split(".", 1)[0] for key in saved} - {MASTER}
         steps = json.loads((checkpoint / "optimizer_steps.json").read_text())
         for shard, state in self._optimizer_states():
+            self.engine.make_optimizer_state(shard)
             if shard.name in local:
                 self.engine.restore_optimizer_state(shard, local[shard.name])
                 continue
             for kind in kinds:
-                if f"{kind}.{shard.name}" in saved:
+                if f"{kind}.{shard.name}" in saved and kind not in state:
                     state[kind] = torch.zeros_like(shard.master)
             for kind, values in steps.items():
                 if shard.name in values:

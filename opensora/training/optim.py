@@ -111,7 +111,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: Mapping[str, A
     cls = optimizer_class(settings["cls"])
     takes = inspect.signature(cls).parameters  # what else a config may hold is accepted and does nothing
     arguments = {key: value for key, value in settings.items() if key in takes}
-    if cls is torch.optim.AdamW:
+    if cls is torch.optim.AdamW and not (arguments.get("foreach") or arguments.get("differentiable")):
         arguments.setdefault("fused", True)
     if settings["cls"] in FUSED_ADAMW_NAMES:
         get_logger().info(f"optim.cls='{settings['cls']}' is torch's fused AdamW: the same update, nothing to compile")

@@ -248,6 +248,10 @@ def _check_lora(cfg: Mapping[str, Any]) -> None:
         raise ValueError(
             "lora_config needs weights to adapt: set --model.from-pretrained FILE (also to go on with --load)"
         )
+    if lora["target_modules"] == []:
+        raise ValueError("lora_config.target_modules=[] adapts nothing: name layers, or leave it out for the default")
+    if lora["init_lora_weights"] is False:
+        raise ValueError("lora_config.init_lora_weights=False would change the model before it is trained: set True")
     if not 0 <= lora["lora_dropout"] < 1:
         raise ValueError(f"lora_config.lora_dropout={lora['lora_dropout']} must be at least 0 and below 1")
     check_targets(targets_of(lora, cfg["model"].get("fused_qkv", True)), cfg["model"])

@@ -14,7 +14,7 @@ from opensora.checkpoint_folder import list_checkpoints
 from opensora.models.export import ExportOptions, export_weights
 from opensora.models.lora import Adapters
 from opensora.models.sources import open_model
-from opensora.models.weight_files import open_averages, open_weights
+from opensora.models.weight_files import open_averages, open_weights, save_shard
 
 LORA = ["--lora-config", "dict(r=4, lora_alpha=8)", "--lora-config.lora-dropout", "0.1"]
 
@@ -45,7 +45,7 @@ def test_adapters_train_and_resume_exactly(two_ranks, shapes, base, tmp_path, dt
     two_ranks(train, shapes.root, shapes.train_arguments(*common, *resume))
     assert numbers(parts) == numbers(whole)
     first, second = adapters_of(whole), adapters_of(parts)
-    assert first.base == second.base == str(base.resolve())
+    assert first.base == second.base == str(base.absolute())
     assert all(
         torch.equal(a, c) and torch.equal(b, d)
         for (a, b), (c, d) in zip(first.pairs.values(), second.pairs.values(), strict=True)
@@ -66,6 +66,40 @@ def test_a_checkpoint_of_adapters_holds_them_alone(one_rank, shapes, base, tmp_p
     before, after = (source.read(list(merged.shapes)) for source in (open_weights(base), merged))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name in Adapters.read(checkpoint).pairs for name in changed)
+
+
+def test_what_adapters_go_on_from(one_rank, shapes, base, tuned, tmp_path, capfd):
+    """Their own base, whatever is given, and the dropout that is given; the base's file may be a link, as in a hub
+    cache."""
+    link = tmp_path / "base.safetensors"
+    link.symlink_to(next((base / "model").glob("*.safetensors")))
+    arguments = ["--model.from-pretrained", str(link), "--lora-config", "dict(r=4, lora_alpha=8, lora_dropout=0.25)"]
+    arguments += ["--outputs", str(tmp_path), "--num-workers", "0", "--max-steps"]
+    one_rank(train, shapes.root, shapes.train_arguments(*arguments, "1", "--exp-name", "linked"))
+    assert adapters_of(tmp_path / "linked").base == str(link)
+    one_rank(train, shapes.root, shapes.train_arguments(*arguments, "3", "--exp-name", "on", "--load", str(tuned)))
+    assert f"were trained on {base}: taken instead of {link}" in (tmp_path / "on" / "log.txt").read_text()
+    config = json.loads((list_checkpoints(tmp_path / "on")[-1] / "lora" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.25 and "final_layer.linear" in config["target_modules"]
+
+
+def train_on_a_base_without_cond_in(context, root, arguments):
+    try:
+        train(context, root, arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_condition_that_nothing_would_learn_is_refused(one_rank, shapes, base, tmp_path):
+    state = read(open_weights(base))
+    save_shard(tmp_path / "t2v.safetensors", {name: t for name, t in state.items() if not name.startswith("cond_in")})
+    arguments = ["--model.from-pretrained", str(tmp_path / "t2v.safetensors"), *LORA, "--outputs", str(tmp_path)]
+    arguments += ["--max-steps", "1", "--num-workers", "0", "--exp-name"]
+    (complaint,) = one_rank(train_on_a_base_without_cond_in, shapes.root, shapes.train_arguments(*arguments, "refused"))
+    assert "has no cond_in, and adapters would leave it zero" in complaint
+    targets = ["--lora-config.target-modules", "['cond_in', 'q_proj']"]
+    one_rank(train, shapes.root, shapes.train_arguments(*arguments, "trained", *targets))
+    assert "cond_in.weight" in adapters_of(tmp_path / "trained").pairs
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +148,7 @@ def test_adapters_without_what_they_were_trained_on(tuned, tmp_path):
     config = moved / "lora" / "adapter_config.json"
     there = json.loads(config.read_text())["base_model_name_or_path"]
     config.write_text(config.read_text().replace(there, "/nowhere/base"))
-    with pytest.raises(FileNotFoundError, match=r"not where it was \(/nowhere/base\): give it as"):
+    with pytest.raises(FileNotFoundError, match=r"not where it was \(/nowhere/base\): give it in"):
         open_model(moved)
 
 

@@ -91,7 +91,7 @@ def test_averaged_weights_are_taken_if_asked_for(shapes, sample, monkeypatch):
         arguments = ["--prompt", "a", "--model.from_pretrained", "outputs/averaged", "--use-ema", str(use_ema)]
         cfg = load_config(["sampling.py", *arguments], InferenceSettings)
         plan = make_plan(cfg)
-        pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, torch.device("cpu"))
+        pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, plan.lora, torch.device("cpu"))
         for name, parameter in pipeline.sampler.model.named_parameters():
             assert torch.equal(parameter, expected[name])
 

@@ -97,7 +97,14 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"peft_type": "LOHA"}, {"bias": "all"}, {"modules_to_save": ["cond_in"]}]
+    "changes",
+    [
+        {"use_dora": True},
+        {"peft_type": "LOHA"},
+        {"bias": "all"},
+        {"modules_to_save": ["cond_in"]},
+        {"init_lora_weights": "pissa"},
+    ],
 )
 def test_other_kinds_of_adapters_are_refused(adapted, changes):
     _, folder, _ = adapted(r=2)

@@ -105,6 +105,11 @@ RULES = [
     ("--dropout_ratio.t5 1.5", "dropout_ratio.t5=1.5 must be a probability"),
     ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
     ("--lora-config dict(r=8)", "lora_config needs weights to adapt: set --model.from-pretrained FILE"),
+    (
+        "--lora-config dict(target_modules=[]) --model.from-pretrained a.pt",
+        "lora_config.target_modules=[] adapts nothing",
+    ),
+    ("--lora-config.init-lora-weights False --model.from-pretrained a.pt", "lora_config.init_lora_weights=False would"),
     ("--lora-config.r 0", "lora_config.r=0 must be at least 1"),
     ("--lora-config.lora-dropout 1.0 --model.from-pretrained a.pt", "lora_config.lora_dropout=1.0 must be at least 0"),
     ("--lora-config.target-modules ['qkv'] --model.from-pretrained a.pt", "no linear layer's name ends in 'qkv'"),
