@@ -89,6 +89,7 @@ def _serve(pipe: Connection, memory: Any, function: Callable[..., Tensor], owner
     """The process's life, until the pipe is closed. Nothing of what the owner does when it exits is done here."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+        torch.set_num_threads(1)  # threads of the owner's are not in a fork: torch would wait for them for ever
         if sys.platform == "linux":
             pr_set_pdeathsig = 1
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

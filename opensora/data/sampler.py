@@ -251,11 +251,16 @@ class BucketSampler:
                 *(plan.distinct, self.group),
             )
         rest = self.left_over(epoch, plan)
+        incomplete, surplus = rest.incomplete.sum(), rest.surplus.sum()
         get_logger().info(
-            "epoch %d: %d updates of %d micro-batches; %d samples are left over (%d are too few for a micro-batch, "
-            "%d are in %d micro-batches too few for an update), others each epoch",
-            *(epoch, plan.updates, self.group, rest.incomplete.sum() + rest.surplus.sum()),
-            *(rest.incomplete.sum(), rest.surplus.sum(), plan.left_out),
+            f"epoch {epoch}: {plan.updates} updates of {self.group} micro-batches; {incomplete + surplus} samples are "
+            "left over"
+            + (
+                f" ({incomplete} are too few for a micro-batch, {surplus} are in {plan.left_out} micro-batches too few "
+                "for an update), others each epoch"
+                if incomplete + surplus
+                else ""
+            )
         )
 
     def _report_shortages(self) -> None:
