@@ -275,7 +275,10 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, 
         assert (tmp_path / f"out.csv{suffix}").read_bytes() == (tmp_path / f"whole.csv{suffix}").read_bytes()
     assert not journal.exists()
     if num_workers == 0:
-        assert len(read) - before == 27 - 11 + 1  # of 30 rows, 3 have no path; 11 files were read, the last was cut off
+        good = {Path(name).name for name in GOOD}
+        tried_again = sum(Path(path).name not in good for path in read[:10])
+        # of 30 rows, 3 have no path; 11 files were read, the last was cut off, and what failed is tried again
+        assert len(read) - before == 27 - 11 + 1 + tried_again
 
 
 def test_a_journal_of_another_table_or_way_is_not_used(folder, tmp_path):
@@ -290,7 +293,7 @@ def test_a_journal_of_another_table_or_way_is_not_used(folder, tmp_path):
         assert list(opened.complete(lambda paths: iter(["old", probe(folder / "a.mp4")]), ["a.mp4"] * 2))
         with pytest.raises(TableError, match="another run writes the same output"):
             ProbeJournal(journal, table, False)
-    assert known(False) == ["old", probe(folder / "a.mp4"), "new"]
+    assert known(False) == ["new", probe(folder / "a.mp4"), "new"]  # "old" could not be read: it is tried again
     assert known(True) == ["new"] * 3
     make_table(table, ["a.mp4"] * 4)
     assert known(True) == ["new"] * 3

@@ -15,14 +15,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from fcntl import LOCK_EX, LOCK_NB, lockf
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -109,7 +110,13 @@ class ShardWriter:
         tensors[_KEYS] = torch.tensor(self._keys, dtype=torch.int64)  # [n, 2]
         name = f"{hashlib.sha256(tensors[_KEYS].numpy()).hexdigest()[:32]}.safetensors"  # equal only if all keys are
         temporary = self._folder / f".{name}.{os.getpid()}"
-        save_file(tensors, temporary)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # a file like any other: save_file's own are for their owner alone
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            raise OSError(f"'{self._folder}': {error}: make room on its disk, then start again") from error
+        temporary.chmod(mode)
         _put_in_place(temporary, self._folder / name)
         self._keys, self._entries, self._bytes = [], [], 0
 
@@ -142,11 +149,27 @@ def read_description(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def lock(folder: Path) -> TextIO:
+    """Hold `folder` for one run: until the file that is returned is closed, or the process ends.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (folder / ".lock").open("w")
+    try:
+        lockf(held, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"'{folder}' is being written by another run of scripts/cnv/cache.py") from None
+    return held
+
+
 def begin(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     """Make `folder` ready to be filled. Returns what cache.json says: of an earlier run, or now `description`."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for unfinished in (*folder.glob(".*"), *(folder / "shards").glob(".*")):
-        unfinished.unlink()
+    for unfinished in (*folder.glob(".cache.json.*"), *(folder / "shards").glob(".*.safetensors.*")):
+        unfinished.unlink(missing_ok=True)
     if read_description(folder) is None:
         write_description(folder, {**description, "format": FORMAT, "index": None})
     return read_description(folder)

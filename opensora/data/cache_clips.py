@@ -44,7 +44,7 @@ class ClipWindows:
         """One of `count` windows: it begins somewhere in the `nth` part of where windows can begin."""
         total, interval = self._file(row)
         count, positions = self.count(row, size[0]), window_positions(total, size[0], interval)
-        key = entry_key("clip", self.table.listed_path(row), *self._file(row), *size, nth, count)
+        key = entry_key("clip", self.table.listed_path(row), *self._file(row), *self._pixels(row), *size, nth, count)
         offset = float(to_uniform(hash_key(Purpose.WINDOW, key.high & (2**64 - 1))))
         first, end = nth * positions // count, (nth + 1) * positions // count
         begin = first + int(offset * (end - first))
@@ -53,6 +53,9 @@ class ClipWindows:
     def draw(self, row: int, size: ClipSize, u: float) -> Key:
         """The window that a sample's number `u` in [0, 1) chooses."""
         return self.window(row, size, int(u * self.count(row, size[0]))).key
+
+    def _pixels(self, row: int) -> tuple[int, int]:
+        return int(self.table.height[row]), int(self.table.width[row])
 
     def _file(self, row: int) -> tuple[int, int]:
         """(frames, interval between those of a clip)"""

@@ -53,9 +53,15 @@ class ProbeJournal:
     def complete(
         self, prober: Callable[[Sequence[str | None]], Iterator[VideoFacts | str]], paths: Sequence[str | None]
     ) -> Iterator[VideoFacts | str]:
-        """The results of the next `paths`: known ones from the journal, then those of `prober`, which are added."""
+        """The results of the next `paths`: known ones from the journal, then those of `prober`, which are added.
+
+        What could not be read before is tried again: a disk may have been away.
+        """
         known = list(islice(self._known(), len(paths)))
-        yield from known
+        failed = [path for path, result in zip(paths, known, strict=False) if isinstance(result, str)]
+        again = iter(prober(failed) if failed else ())
+        for result in known:
+            yield next(again) if isinstance(result, str) else result
         for result in prober(paths[len(known) :]) if len(known) < len(paths) else ():
             self._append(result)
             yield result

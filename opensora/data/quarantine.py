@@ -39,12 +39,16 @@ class Quarantine:
             try:
                 self.pipe.send((path, *arguments))
                 answer = self.pipe.recv()
+                clip = None if isinstance(answer, Exception) else self._take(*answer)
             except (EOFError, OSError):
                 end = self._end()
                 continue
-            if isinstance(answer, Exception):
+            except BaseException:
+                self.close()  # or the answer would be taken for that of the next call
+                raise
+            if clip is None:
                 raise answer
-            return self._take(*answer)
+            return clip
         raise MediaError(path, f"decoder crashed: reading the file ends the process ({end})")
 
     def _take(self, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -64,6 +64,14 @@ class Table:
         """The sample's file as the table names it."""
         return self._rows.path(row)
 
+    @cached_property
+    def origin(self) -> str:
+        """Where the paths of the table begin: the folder that the first one is relative to, "" if it is absolute."""
+        listed = self.listed_path(0) if len(self) else ""
+        if os.path.isabs(listed) or "://" in listed:
+            return ""
+        return os.path.realpath(os.path.abspath(self.path(0)).removesuffix(os.path.normpath(listed)))
+
     def path(self, row: int) -> str:
         """Where the sample's file is. A relative path is looked up in the working directory, then in the table's
         folder."""

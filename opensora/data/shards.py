@@ -278,9 +278,11 @@ def _claim(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote. Runs that train on it keep what they have open."""
-    if ShardIndex.load(folder) is not None:
-        for file in [*_numbered(folder), *folder.glob(".*.parquet.part")]:
-            file.unlink()
+    index = ShardIndex.load(folder)
+    if index is not None:
+        for name in [shard["file"] for shard in index.shards]:
+            (folder / name).unlink(missing_ok=True)
+            (folder / f".{name}.part").unlink(missing_ok=True)
         shutil.rmtree(folder / ROW_FOLDER, ignore_errors=True)
         (folder / INDEX_FILE).unlink()
 

@@ -86,24 +86,28 @@ class StagedBatches:
 
     def _run(self) -> None:
         try:
-            for batch in self._batches:
-                host = batch.map_tensors(self._buffers.fill) if self._stream.page_locks else batch
-                self._room.acquire()
-                if self._stopping:
-                    return
-                copied = None
-
-                def upload(tensor: Tensor) -> Tensor:
-                    nonlocal copied
-                    tensor, copied = self._stream.upload(tensor)
-                    return tensor
-
-                staged = host.map_tensors(upload)
-                self._buffers.sent(copied)
-                self._ready.put((staged, copied))
+            with self._stream.on_device():
+                self._stage()
             self._ready.put((None, None))
         except BaseException as error:  # whatever it is, it belongs to the thread that trains
             self._ready.put((None, error))
+
+    def _stage(self) -> None:
+        for batch in self._batches:
+            host = batch.map_tensors(self._buffers.fill) if self._stream.page_locks else batch
+            self._room.acquire()
+            if self._stopping:
+                return
+            copied = None
+
+            def upload(tensor: Tensor) -> Tensor:
+                nonlocal copied
+                tensor, copied = self._stream.upload(tensor)
+                return tensor
+
+            staged = host.map_tensors(upload)
+            self._buffers.sent(copied)
+            self._ready.put((staged, copied))
 
 
 class StagingBuffers:

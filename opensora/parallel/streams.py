@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,20 +23,26 @@ class SideStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
+    def on_device(self) -> AbstractContextManager:
+        """For a thread: a new one's current device is the first of the machine, whatever this process computes on."""
+        return torch.cuda.device(self._device)
+
     def page_lock(self, memory: Tensor, owner: object) -> None:
         """As it is, while `owner` is there: torch's own page-locked allocations are rounded up to a power of two.
 
         Raises:
             RuntimeError: the host does not give so much of such memory.
         """
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        with self.on_device():
+            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if code:
             raise RuntimeError(f"cudaHostRegister returned error {code}")
         weakref.finalize(owner, self._unlock, memory.data_ptr()).atexit = False
 
     def _unlock(self, address: int) -> None:
         self._stream.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(address)
+        with self.on_device():
+            torch.cuda.cudart().cudaHostUnregister(address)
 
     def follow(self) -> None:
         """Let the copies to come wait for what the current stream has been given so far."""
@@ -66,6 +73,9 @@ class NoStream:
     """Copies of a device that has no streams: made at once."""
 
     page_locks = False
+
+    def on_device(self) -> AbstractContextManager:
+        return nullcontext()
 
     def page_lock(self, memory: Tensor, owner: object) -> None:
         """The device reads any memory."""

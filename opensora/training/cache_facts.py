@@ -49,9 +49,10 @@ def check_caches(cfg: Mapping[str, Any], caches: Caches, dataset: VideoTextDatas
 
     Reads parts of the encoders' weights and looks some rows of the table up; each of the others when it is its turn.
     """
-    for cache, made_with in ((caches.video, video_facts), (caches.text, text_facts)):
+    facts = ((caches.video, lambda: video_facts(cfg, dataset.table)), (caches.text, lambda: text_facts(cfg)))
+    for cache, made_with in facts:
         if cache is not None:
-            _check_made_with(cache, made_with(cfg))
+            _check_made_with(cache, made_with())
             _check_coverage(cache, coverage(cfg, dataset.table))
     tried = list(_rows_to_try(dataset.table, buckets, cfg["seed"]))
     if caches.video is not None:
@@ -61,8 +62,8 @@ def check_caches(cfg: Mapping[str, Any], caches: Caches, dataset: VideoTextDatas
         _check_rows(caches.text, ((row, text_key(dataset.caption(row))) for row, _ in tried), "text, fps or score")
 
 
-def video_facts(cfg: Mapping[str, Any]) -> Facts:
-    """What entries of videos depend on, beside the videos."""
+def video_facts(cfg: Mapping[str, Any], table: Table) -> Facts:
+    """What entries of videos depend on, beside the videos. Relative paths mean other files elsewhere."""
     causal = AUTOENCODERS.get(cfg["ae"]["type"]).is_causal
     lengths = {frames for by_frames in cfg["bucket_config"].values() for frames in by_frames}
     spans = {span.name for frames in lengths for span in spans_of(cfg["condition_config"], frames, causal)}
@@ -71,6 +72,7 @@ def video_facts(cfg: Mapping[str, Any]) -> Facts:
         _component(AUTOENCODERS, cfg["ae"], "ae")
         | {name: dataset[name] for name in ("dataset.transform_name", "dataset.resize", "dataset.fps_max")}
         | {"dtype": str(to_torch_dtype(cfg["dtype"])), "frames given by condition_config": sorted(spans)}
+        | {"the folder of relative paths": table.origin}
     )
 
 

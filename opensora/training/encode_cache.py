@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from opensora.common import get_logger
 from opensora.data.bucket import BucketTable
-from opensora.data.cache import Key, ShardWriter, StoredKeys, begin, complete, text_key
+from opensora.data.cache import Key, ShardWriter, StoredKeys, begin, complete, lock, text_key
 from opensora.data.cache_clips import ClipRequest, ClipSize, ClipsToCache, ClipWindows, clip_requests
 from opensora.data.loader import VideoTextDataset, build_loader
 from opensora.diffusion.conditions import spans_of
@@ -42,19 +43,21 @@ class CacheRun:
         if not self.rows:
             raise ValueError(f"dataset.data_path='{cfg.dataset.data_path}': none of its rows is in a bucket")
         self.covers = coverage(cfg, self.dataset.table)
+        self._locks = ExitStack()
 
     def run(self) -> None:
-        if self.cfg.encode_video:
-            self._cache_video(build_video_encoder(self.cfg, self.context.device))
-        if self.cfg.encode_text:
-            self._cache_text(build_text_encoders(self.cfg, self.context.device))
+        with self._locks:
+            if self.cfg.encode_video:
+                self._cache_video(build_video_encoder(self.cfg, self.context.device))
+            if self.cfg.encode_text:
+                self._cache_text(build_text_encoders(self.cfg, self.context.device))
 
     @torch.no_grad()
     def _cache_video(self, encoder: VideoEncoder) -> None:
         config, causal = self.cfg.condition_config, encoder.autoencoder.is_causal
         spans = {size: spans_of(config, size[0], causal) for size in self.rows}
         description = {
-            "made_with": video_facts(self.cfg) | {"windows": self.cfg.windows},
+            "made_with": video_facts(self.cfg, self.dataset.table) | {"windows": self.cfg.windows},
             "covers": self.covers,
             "posterior": encoder.posterior and list(encoder.posterior),
             "is_causal": causal,
@@ -130,6 +133,7 @@ class CacheRun:
         folder = Path(self.cfg.output) / kind
 
         def prepare() -> None:
+            self._locks.enter_context(lock(folder))
             old, new = begin(folder, description)["made_with"], description["made_with"]
             require_same(f"output='{self.cfg.output}': the cache there", old, new, "give another --output")
             _check_room(folder, needed, exactly)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from opensora.data.cache import (
     begin,
     complete,
     entry_key,
+    lock,
     read_description,
     text_key,
 )
@@ -139,6 +142,7 @@ class Files:
 
     def __init__(self, lengths, fps=24.0):
         self.num_frames, self.fps = np.array(lengths), np.full(len(lengths), fps)
+        self.height, self.width = np.full((2, len(lengths)), 64)
 
     def listed_path(self, row):
         return f"{row}.mp4"
@@ -174,6 +178,25 @@ def test_a_key_is_of_the_file_and_the_clip_not_of_the_row():
         assert ours.window(0, size, nth) == theirs.window(1, size, nth)
         assert ours.window(0, size, nth) != theirs.window(0, size, nth)
     assert ClipWindows(first, 24, 2).window(0, (5, 64, 64), 0) != ClipWindows(first, 12, 2).window(0, (5, 64, 64), 0)
+    before = ClipWindows(first, 24, 2).window(0, (5, 64, 64), 0)
+    first.height = first.height * 2  # another file of the same name
+    assert ClipWindows(first, 24, 2).window(0, (5, 64, 64), 0) != before
+
+
+def test_one_run_at_a_time_fills_a_cache(tmp_path):
+    holds = (
+        "import sys, time; from pathlib import Path; from opensora.data.cache import lock;"
+        " held = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holds, str(tmp_path / "video")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is being written by another run"):
+            lock(tmp_path / "video")
+    finally:
+        other.kill()
+        other.wait()
+    lock(tmp_path / "video").close()
 
 
 def test_requests_leave_out_what_is_done():

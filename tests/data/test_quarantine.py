@@ -161,3 +161,25 @@ def test_a_run_goes_on_past_a_file_that_crashes_the_decoder(deadly_table, monkey
     assert rejected["index"] == 3 and rejected["replaced_by"] == 7
     assert rejected["reason"] == "decoder crashed: reading the file ends the process (SIGSEGV)"
     assert not any(batch.rejected for batch in batches[:1] + batches[2:])
+
+
+def test_a_call_that_is_broken_off_leaves_no_answer_behind(guard, video):
+    class Late(Exception):
+        pass
+
+    def read(path, seconds):
+        time.sleep(seconds)
+        return torch.full((2,), float(seconds))
+
+    def ring(*_):
+        raise Late
+
+    quarantine = guard(read)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Late):
+            quarantine(video, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert torch.equal(quarantine(video, 0), torch.zeros(2))

@@ -199,6 +199,15 @@ def test_changed_weights_and_tables_are_noticed(one_rank, shapes, table, argumen
     assert "dataset.data_path" in message
 
 
+def test_equal_names_elsewhere_are_other_files(one_rank, shapes, table, arguments, linear_cache, tmp_path):
+    shutil.copytree(shapes.root / "datasets", tmp_path / "datasets")
+    (tmp_path / "ckpts").symlink_to(shapes.root / "ckpts")
+    run = [*use(linear_cache), "--outputs", str(tmp_path), "--max-steps", "1", "--exp-name", "elsewhere"]
+    run += ["--dataset.data-path", str(tmp_path / "datasets" / table.name)]
+    (message,) = one_rank(complaint, tmp_path, arguments(*run))
+    assert "is stale: it has the folder of relative paths" in message
+
+
 def test_an_interrupted_cache_goes_on_and_an_old_one_grows(two_ranks, one_rank, shapes, table, arguments, tmp_path):
     lines = table.read_text().splitlines()
     half = tmp_path / "half.csv"
