@@ -72,8 +72,8 @@ class LoraStart:
 
         folder = checkpoint and find_adapters(checkpoint)
         arguments = {key: value for key, value in lora.items() if value is not None}
-        saved = _read_config(folder)["target_modules"] if folder else None
-        arguments["target_modules"] = list(lora.get("target_modules") or saved or TARGETS[fused_qkv])
+        targets = _read_config(folder)["target_modules"] if folder else targets_of(lora, fused_qkv)
+        arguments["target_modules"] = list(targets)
         return cls(LoraConfig(**arguments), folder, base)
 
 

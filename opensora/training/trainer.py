@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +16,7 @@ from opensora.common import get_logger
 from opensora.config import dump_config
 from opensora.data.batch import Batch
 from opensora.models.lora import check_resumable
+from opensora.models.mmdit import MMDiT
 from opensora.models.sources import run_settings
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.staging import StagedBatches
@@ -217,8 +219,8 @@ class Trainer:
             log.info(f"resumed from {checkpoint} ({place}): weights, optimizer and position")
 
 
-# How the weights are laid out, and with them the optimizer's state, which is not converted. With the model's defaults.
-LAYOUT = {"fused_qkv": True, "use_liger_rope": False}
+# How the weights are laid out, and with them the optimizer's state, which is not converted.
+LAYOUT = ("fused_qkv", "use_liger_rope")
 
 
 def find_checkpoint(cfg) -> Path:
@@ -226,7 +228,8 @@ def find_checkpoint(cfg) -> Path:
     checkpoint = resolve_checkpoint(cfg.load)
     check_resumable(checkpoint, cfg.lora_config)
     trained = run_settings(checkpoint)
-    for key, default in LAYOUT.items():
+    for key in LAYOUT:
+        default = inspect.signature(MMDiT).parameters[key].default
         saved, asked = trained.get(key, default), cfg.model.get(key, default)
         if trained and saved != asked:
             raise ValueError(
