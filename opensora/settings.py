@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from opensora.checkpoint_folder import parse_folder_name
 from opensora.common import DTYPES
@@ -56,7 +56,24 @@ class PluginSettings:
     sequence_parallelism_mode: Literal["ring_attn", "all_to_all"] | None = setting(
         ABSENT, "hybrid: how attention sees the whole sequence"
     )
-    static_graph: bool = setting(ABSENT, "hybrid: every step runs the same operations")
+    static_graph: bool = setting(ABSENT, legacy="what every step runs is not looked at")
+
+
+class ParallelSizes(NamedTuple):
+    """How many ranks share a model (`tensor`), and how many a sequence (`sequence`), in `mode`."""
+
+    tensor: int = 1
+    sequence: int = 1
+    mode: str = "all_to_all"
+
+
+def parallel_sizes(cfg: Mapping[str, Any], where: str = "plugin") -> ParallelSizes:
+    """What "plugin" or "plugin_ae", and its settings, ask for."""
+    settings = cfg[where.replace("plugin", "plugin_config")]
+    if cfg[where] != "hybrid":
+        return ParallelSizes()
+    mode = settings.get("sequence_parallelism_mode") or ParallelSizes().mode
+    return ParallelSizes(settings.get("tp_size", 1), settings.get("sp_size", 1), mode)
 
 
 SIZES = ("tp_size", "pp_size", "sp_size")
@@ -124,15 +141,33 @@ def check_plugin(cfg: Mapping[str, Any], world_size: int, where: str = "plugin")
             f"{config_name}: {sizes} = {group} does not divide the job's {world_size} processes: "
             f"start a multiple of {group} (--nproc_per_node) or change the sizes"
         )
-    if where == "plugin":
-        _check_heads_split(cfg["model"], settings)
+    if settings.get("pp_size", 1) > 1:
+        raise ValueError(
+            f"{config_name}.pp_size={settings['pp_size']}: there is no pipeline parallelism: set it to 1, and raise "
+            "tp_size or sp_size"
+        )
+    if settings.get("sp_size", 1) > 1 and not settings.get("enable_sequence_parallelism"):
+        raise ValueError(
+            f"{config_name}.sp_size={settings['sp_size']} needs {config_name}.enable_sequence_parallelism=True, or "
+            "set it to 1"
+        )
+    if settings.get("zero_stage", 1) not in (0, 1, 2):
+        raise ValueError(f"{config_name}.zero_stage={settings['zero_stage']} must be 0, 1 or 2")
+    if plugin == "hybrid" and where == "plugin":
+        _check_parts(cfg["model"], parallel_sizes(cfg))
 
 
-def _check_heads_split(model: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    heads, tensor, sequence = model["num_heads"], settings.get("tp_size", 1), settings.get("sp_size", 1)
+def _check_parts(model: Mapping[str, Any], sizes: ParallelSizes) -> None:
+    """The model's heads and features can be divided."""
+    heads, tensor, sequence = model["num_heads"], sizes.tensor, sizes.sequence
     if heads % tensor:
         raise ValueError(f"plugin_config.tp_size={tensor} does not divide model.num_heads={heads}")
-    if settings.get("sequence_parallelism_mode") == "all_to_all" and heads // tensor % sequence:
+    features = int(model["hidden_size"] * model["mlp_ratio"])
+    if features % tensor:
+        raise ValueError(
+            f"plugin_config.tp_size={tensor} does not divide model.hidden_size * model.mlp_ratio = {features}"
+        )
+    if sizes.mode == "all_to_all" and heads // tensor % sequence:
         raise ValueError(
             f"plugin_config.sp_size={sequence} does not divide model.num_heads={heads} (over tp_size={tensor}): "
             "all_to_all splits heads; use sequence_parallelism_mode='ring_attn' or another sp_size"

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,20 +18,45 @@ from opensora.common import world_size
 
 
 @dataclass(frozen=True)
+class RankGroup:
+    """Some ranks of the job, and this rank's place among them.
+
+    Attributes:
+        rank, size: of the group. process_group: for its collectives; None for a group of one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+
+ALONE = RankGroup()
+
+
+@dataclass(frozen=True)
 class ParallelContext:
-    """One rank's place in the job.
+    """One rank's place in the job: rank = (data * sequence.size + sequence) * tensor.size + tensor.
 
     Attributes:
         rank, world_size: of all processes.
         device: what this rank computes on.
         host_group: a gloo group of all ranks for objects and checkpoints; apart from the default group, so that
             its collectives can run beside training's.
+        tensor: ranks that hold the parts of one copy of the model.
+        sequence: ranks that hold the parts of one sequence of tokens.
+        model: both: ranks that see the same samples.
+        data: ranks of like place in theirs; each sees other samples.
     """
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup
+    timeout: datetime.timedelta
+    tensor: RankGroup
+    sequence: RankGroup
+    model: RankGroup
+    data: RankGroup
 
     @classmethod
     def create(cls, timeout_s: float = 1800.0) -> ParallelContext:
@@ -52,7 +77,34 @@ class ParallelContext:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timeout, **options)
         host_group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(dist.get_rank(), dist.get_world_size(), device, host_group)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        everyone = RankGroup(rank, world_size, dist.group.WORLD if world_size > 1 else None)
+        return cls(rank, world_size, device, host_group, timeout, ALONE, ALONE, ALONE, everyone)
+
+    def share_samples(self, tensor_size: int, sequence_size: int) -> ParallelContext:
+        """The same job, in which tensor_size * sequence_size ranks work on the same samples. Every rank calls it.
+
+        Ranks of a tensor-parallel group are neighbours, since these talk the most; then come those of a sequence.
+        """
+        if tensor_size * sequence_size == 1:
+            return self
+        grid = torch.arange(self.world_size).reshape(-1, sequence_size, tensor_size)  # [data, sequence, tensor]
+        return replace(
+            self,
+            tensor=self._group_of(grid.reshape(-1, tensor_size)),
+            sequence=self._group_of(grid.transpose(1, 2).reshape(-1, sequence_size)),
+            model=self._group_of(grid.reshape(-1, sequence_size * tensor_size)),
+            data=self._group_of(grid.permute(1, 2, 0).reshape(-1, len(grid))),
+        )
+
+    def _group_of(self, rows: torch.Tensor) -> RankGroup:
+        """This rank's row of ranks [groups, size]; all ranks make the groups of all rows."""
+        found = ALONE
+        for ranks in rows.tolist() if rows.shape[1] > 1 else []:
+            group = dist.new_group(ranks, timeout=self.timeout)
+            if self.rank in ranks:
+                found = RankGroup(ranks.index(self.rank), len(ranks), group)
+        return found
 
     @property
     def is_main(self) -> bool:
@@ -60,11 +112,11 @@ class ParallelContext:
 
     @property
     def data_parallel_rank(self) -> int:
-        return self.rank
+        return self.data.rank
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size
+        return self.data.size
 
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
@@ -96,6 +148,12 @@ class ParallelContext:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum of a tensor on `device` over the data-parallel ranks, in place."""
+        if self.data.process_group is not None:
+            dist.all_reduce(values, group=self.data.process_group)
+        return values
+
+    def sum_over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum of a tensor on `device` over all ranks, in place."""
         dist.all_reduce(values)
         return values
 

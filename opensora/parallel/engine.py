@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from opensora.models.lora import LoraStart, load_adapters, plain_name
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.host import errors_only, import_colossalai, register_host_accelerator
+from opensora.parallel.plugins import boost, make_plugin, zero_stage
 from opensora.parallel.shards import ParameterShard
-from opensora.registry import nearest
-
-ZERO_STAGES = {"zero1": 1, "zero2": 2}
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def zero_plugin_settings() -> set[str]:
-    """The keys of `plugin_config` that a ZeRO plugin takes; what the trainer sets itself is left out."""
-    import_colossalai()
-    from colossalai.booster.plugin import LowLevelZeroPlugin
-
-    ours = {"self", "stage", "precision", "max_norm", "norm_type", "cast_inputs", "master_weights"}
-    return set(inspect.signature(LowLevelZeroPlugin.__init__).parameters) - ours
+from opensora.parallel.tensor import split_layers
 
 
 class Engine:
-    """A model boosted by ColossalAI's ZeRO-1 or ZeRO-2.
+    """A model under one of ColossalAI's plugins.
 
     Args:
         context: the job.
-        model: on the CPU or the device, parameters in `dtype`, equal on all ranks.
+        model: on the CPU or the device, parameters in `dtype`, whole and equal on all ranks; where `context` has
+            tensor-parallel ranks, each keeps its part.
         make_optimizer: a torch optimizer over the trained parameters of the model that it is given; ZeRO puts fp32
             shards in their place.
-        plugin: "zero1" or "zero2".
+        plugin: "zero1", "zero2" or "hybrid".
         plugin_config: the plugin's own settings (`reduce_bucket_size_in_m`, `overlap_allgather`, ...).
         dtype: bfloat16 (with fp32 master weights) or float32.
         grad_clip: the largest global gradient norm; 0 does not clip.
@@ -61,35 +51,19 @@ class Engine:
     ):
         import_colossalai()
         register_host_accelerator()
-        from colossalai.booster import Booster
 
         self.context = context
         self.trains_adapters = lora is not None
-        self._stage = ZERO_STAGES[plugin]
-        self._booster = Booster(plugin=self._zero_plugin(plugin_config, dtype, grad_clip))
+        self._stage = zero_stage(plugin, plugin_config)
+        # kept, since a plugin that nobody has takes its process groups with it
+        self._plugin = make_plugin(context, plugin, plugin_config, dtype, grad_clip)
         if lora is not None:
-            with errors_only():  # it warns of learning rates
-                model = self._booster.enable_lora(model, lora_config=lora.config)
-            model.to(dtype)  # peft makes adapters in fp32; as all trained weights they get fp32 masters
-            if lora.folder is not None:
-                load_adapters(model, lora.folder)
-            model.peft_config["default"].base_model_name_or_path = lora.base  # peft takes it from models it knows
+            model = _with_adapters(self._plugin, model, lora, dtype)
+        self._splits = split_layers(model, context.tensor)
         wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
         assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"
         self.module = model
-        self.model, self.optimizer, *_ = self._booster.boost(model, make_optimizer(model))
-
-    def _zero_plugin(self, plugin_config: Mapping[str, Any], dtype: torch.dtype, grad_clip: float):
-        from colossalai.booster.plugin import LowLevelZeroPlugin
-
-        known = zero_plugin_settings()
-        for key in plugin_config:
-            if key not in known:
-                raise ValueError(f"plugin_config.{key} is not a setting of zero{self._stage}{nearest(key, known)}")
-        settings = {"master_weights": True, "cast_inputs": False, **plugin_config}
-        if self.context.device.type == "cpu":
-            settings["overlap_communication"] = False  # there is no second stream to overlap with
-        return LowLevelZeroPlugin(stage=self._stage, precision=PRECISIONS[dtype], max_norm=grad_clip or 0.0, **settings)
+        self.model, self.optimizer = boost(self._plugin, model, make_optimizer(model))
 
     def forward_backward(
         self, loss_of: Callable[[nn.Module], torch.Tensor], micro_step: int = 0, accumulation_steps: int = 1
@@ -106,21 +80,37 @@ class Engine:
         wait = self._stage == 1 and micro_step < accumulation_steps - 1
         loss = loss_of(self.model)
         with self.optimizer.no_sync() if wait else nullcontext():
-            self._booster.backward(loss / accumulation_steps, self.optimizer)
+            self.optimizer.backward(loss / accumulation_steps)
         return loss.detach()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accept: Callable[[float], bool] = lambda norm: True) -> float:
         """Update the weights with the gradients added since the last step.
+
+        Args:
+            accept: whether to update with gradients of this norm, answered alike on all ranks. Otherwise weights and
+                optimizer state stay as they are, and the gradients are dropped.
 
         Returns:
             The global L2 norm of the gradients before clipping.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        with self._asking_first(accept):
+            self.optimizer.step()
         norm = self.optimizer._current_grad_norm
         self.optimizer.zero_grad()
         return float(norm)
+
+    @contextmanager
+    def _asking_first(self, accept: Callable[[float], bool]) -> Iterator[None]:
+        """Let the torch optimizer update only what `accept` takes: ColossalAI computes the norm and calls it in one."""
+        inner = self.optimizer.optim
+        update = inner.step
+        inner.step = lambda: update() if accept(float(self.optimizer._current_grad_norm)) else None
+        try:
+            yield
+        finally:
+            inner.step = update
 
     def shards(self) -> list[ParameterShard]:
         """This rank's part of every trained parameter, in the model's order."""
@@ -129,11 +119,27 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if id(parameter) not in masters:
                 continue
-            master = masters[id(parameter)]
-            start = min(self.context.data_parallel_rank * master.numel(), parameter.numel())
+            master, split = masters[id(parameter)], self._splits.get(name)
+            start = min(self._zero_rank * master.numel(), parameter.numel())
             stop = min(start + master.numel(), parameter.numel())
-            found.append(ParameterShard(plain_name(name), parameter.shape, start, stop, master))
+            shape = parameter.shape if split is None else split.whole_shape(parameter.shape)
+            owned = split is not None or self.context.tensor.rank == 0
+            found.append(ParameterShard(plain_name(name), shape, start, stop, master, split, owned))
         return found
+
+    @property
+    def _zero_rank(self) -> int:
+        """This rank's place among those that divide the optimizer's state of like parts of the model."""
+        return self.context.rank // self.context.tensor.size
+
+    def full_parameter(self, name: str) -> torch.Tensor:
+        """The whole parameter of that name in `module`. All ranks of a tensor-parallel group call it, in one order."""
+        part, split = self.module.get_parameter(name).detach(), self._splits.get(name)
+        if split is None:
+            return part
+        parts = [torch.empty_like(part) for _ in range(split.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.context.tensor.process_group)
+        return split.join(parts)
 
     def optimizer_state(self, shard: ParameterShard) -> dict[str, Any]:
         """The optimizer's state of one shard ("exp_avg", "step", ...); the dict itself, to read or to fill."""
@@ -176,3 +182,16 @@ class Engine:
     def wait_for_weights(self) -> None:
         """Return when the weights of the last step have arrived (`overlap_allgather` gathers them behind it)."""
         self.model._force_wait_all_gather()
+
+
+def _with_adapters(plugin, model: nn.Module, lora: LoraStart, dtype: torch.dtype) -> nn.Module:
+    """The model with peft's adapters in place of its own weights as what is trained."""
+    from colossalai.booster import Booster
+
+    with errors_only():  # it warns of learning rates
+        model = Booster(plugin=plugin).enable_lora(model, lora_config=lora.config)
+    model.to(dtype)  # peft makes adapters in fp32; as all trained weights they get fp32 masters
+    if lora.folder is not None:
+        load_adapters(model, lora.folder)
+    model.peft_config["default"].base_model_name_or_path = lora.base  # peft takes it from models it knows
+    return model

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from opensora.parallel.split import Split
+
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A box of a logical tensor, and the place of its first element in the flat range that holds it."""
+    """A box of a logical tensor, and the place in the flat range that holds it where it, or what it was cut from,
+    begins."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -66,9 +69,13 @@ class LogicalTensor:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """The elements [start, stop) of the flattened parameter `name`, held by this rank.
+    """The elements [start, stop) of this rank's flattened part of the parameter `name`.
 
-    `master` is the rank's fp32 flat tensor; it may be longer than the range (padding at the end).
+    Attributes:
+        shape: of the whole parameter.
+        split: which part of it tensor parallelism gives this rank; None: all.
+        master: the rank's fp32 flat tensor; it may be longer than the range (padding at the end).
+        owned: False where another rank holds the same elements, and writes them.
     """
 
     name: str
@@ -76,11 +83,26 @@ class ParameterShard:
     start: int
     stop: int
     master: torch.Tensor
+    split: Split | None = None
+    owned: bool = True
 
     def as_logical(self, flat: torch.Tensor) -> LogicalTensor:
-        """`flat`, a tensor laid out as `master` (a moment, an average), as boxes of the parameter's full shape."""
+        """`flat`, a tensor laid out as `master` (a moment, an average), as boxes of the parameter's whole shape."""
         boxes = []
-        for box in rectangles(tuple(self.shape), self.start, self.stop):
+        part = self.shape if self.split is None else self.split.part_shape(self.shape)
+        for box in rectangles(tuple(part), self.start, self.stop):
             count = math.prod(box.sizes)
-            boxes.append((box, flat.view(-1)[box.position : box.position + count].view(box.sizes)))
+            view = flat.view(-1)[box.position : box.position + count].view(box.sizes)
+            boxes += [(box, view)] if self.split is None else _in_whole(box, view, self.split)
         return LogicalTensor(self.shape, flat.dtype, boxes)
+
+
+def _in_whole(box: Rectangle, view: torch.Tensor, split: Split) -> Iterator[tuple[Rectangle, torch.Tensor]]:
+    """A box of a rank's part as boxes of the whole parameter: one for each segment that it reaches into."""
+    dim, first = split.dim, box.offsets[split.dim]
+    for inside, outside, length in split.ranges():
+        start, stop = max(first, inside), min(first + box.sizes[dim], inside + length)
+        if start < stop:
+            offsets, sizes = list(box.offsets), list(box.sizes)
+            offsets[dim], sizes[dim] = outside + start - inside, stop - start
+            yield Rectangle(tuple(offsets), tuple(sizes), box.position), view.narrow(dim, start - first, stop - start)
