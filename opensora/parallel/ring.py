@@ -168,14 +168,15 @@ class Partial(NamedTuple):
 
 
 def merge(a: Partial | None, b: Partial) -> Partial:
-    """Attention over the keys of both, in fp32 at least; overwrites `a`.
+    """Attention over the keys of both, in fp32 at least.
 
     With the weight w = exp(lse_b) / (exp(lse_a) + exp(lse_b)): out = (1 - w) out_a + w out_b.
     """
     if a is None:
         return b
     weight = torch.sigmoid(b.lse - a.lse).unsqueeze(-1)  # [B, H, L, 1]
-    out = a.out.to(weight.dtype).lerp_(b.out.to(weight.dtype), weight)
+    # not in place: what a kernel returned may be kept by selective recomputation
+    out = torch.lerp(a.out.to(weight.dtype), b.out.to(weight.dtype), weight)
     return Partial(out, torch.logaddexp(a.lse, b.lse), a.random_state)
 
 
