@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from opensora.common import world_size
+from opensora.parallel.interface import choose_interface
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ParallelContext:
             ValueError: more processes were started on this node than it has GPUs.
         """
         die_with_launcher()
+        choose_interface()
         device = _local_device()
         timeout = datetime.timedelta(seconds=timeout_s)
         if device.type == "cuda":

@@ -12,7 +12,7 @@ from torch import nn
 
 from opensora.models.lora import LoraStart, load_adapters, plain_name
 from opensora.parallel.context import ParallelContext
-from opensora.parallel.host import errors_only, import_colossalai, register_host_accelerator
+from opensora.parallel.host import import_colossalai, register_host_accelerator
 from opensora.parallel.plugins import boost, make_plugin, zero_stage
 from opensora.parallel.shards import ParameterShard
 from opensora.parallel.tensor import split_layers
@@ -58,7 +58,7 @@ class Engine:
         # kept, since a plugin that nobody has takes its process groups with it
         self._plugin = make_plugin(context, plugin, plugin_config, dtype, grad_clip)
         if lora is not None:
-            model = _with_adapters(self._plugin, model, lora, dtype)
+            model = _with_adapters(model, lora, dtype)
         self._splits = split_layers(model, context.tensor)
         wrong = {name: p.dtype for name, p in model.named_parameters() if p.dtype != dtype}
         assert not wrong, f"parameters of another dtype than {dtype}: {wrong}"
@@ -184,12 +184,11 @@ class Engine:
         self.model._force_wait_all_gather()
 
 
-def _with_adapters(plugin, model: nn.Module, lora: LoraStart, dtype: torch.dtype) -> nn.Module:
+def _with_adapters(model: nn.Module, lora: LoraStart, dtype: torch.dtype) -> nn.Module:
     """The model with peft's adapters in place of its own weights as what is trained."""
-    from colossalai.booster import Booster
+    from peft import get_peft_model
 
-    with errors_only():  # it warns of learning rates
-        model = Booster(plugin=plugin).enable_lora(model, lora_config=lora.config)
+    model = get_peft_model(model, lora.config)
     model.to(dtype)  # peft makes adapters in fp32; as all trained weights they get fp32 masters
     if lora.folder is not None:
         load_adapters(model, lora.folder)

@@ -10,6 +10,7 @@ streams the thread only reads ahead: nothing is copied.
 from __future__ import annotations
 
 import bisect
+import mmap
 import queue
 import threading
 from collections import deque
@@ -25,7 +26,8 @@ from opensora.parallel.streams import NoStream, SideStream, side_stream
 
 AHEAD = 1  # batches that wait on the device
 IN_FLIGHT = AHEAD + 1  # batches in page-locked buffers: one on its way to the device, one being copied to the buffer
-LONGEST_WAIT = 60.0  # seconds that a run that ends waits for the batch that is being read
+# Seconds that a run that ends waits for the batch that is being read; a run that fails, or is broken off, hardly waits.
+LONGEST_WAIT, SHORT_WAIT = 60.0, 1.0
 
 
 class StagedBatches:
@@ -75,14 +77,14 @@ class StagedBatches:
     def __enter__(self) -> StagedBatches:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(LONGEST_WAIT if error is None else SHORT_WAIT)
 
-    def close(self) -> None:
-        """Stop reading ahead."""
+    def close(self, patience_s: float = LONGEST_WAIT) -> None:
+        """Stop reading ahead. A batch that takes longer to be read is left to a thread that ends with the process."""
         self._stopping = True
         self._room.release()
-        self._thread.join(LONGEST_WAIT)
+        self._thread.join(patience_s)
 
     def _run(self) -> None:
         try:
@@ -94,6 +96,8 @@ class StagedBatches:
 
     def _stage(self) -> None:
         for batch in self._batches:
+            if self._stopping:
+                return
             host = batch.map_tensors(self._buffers.fill) if self._stream.page_locks else batch
             self._room.acquire()
             if self._stopping:
@@ -165,7 +169,7 @@ class StagingBuffers:
     def _allocate(self, size: int) -> _Buffer:
         buffer = _Buffer(size)
         try:
-            self._stream.page_lock(buffer.memory, owner=buffer)
+            self._stream.page_lock(buffer.pages, owner=buffer)
         except RuntimeError as error:
             if not self._said_pageable:
                 self._said_pageable = True
@@ -177,10 +181,13 @@ class StagingBuffers:
 
 
 class _Buffer:
-    """Memory whose page-lock ends with this object."""
+    """`size` bytes whose page-lock ends with this object: in pages of their own, since it is pages that are locked."""
 
     def __init__(self, size: int):
-        self.memory = torch.empty(size, dtype=torch.uint8)
+        length = -(-max(1, size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.pages = torch.frombuffer(pages, dtype=torch.uint8)
+        self.memory = self.pages[:size]
 
 
 def _size(buffer: _Buffer) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class SideStream:
         with self.on_device():
             code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if code:
+            with suppress(RuntimeError):  # the next launch on this thread is told of the error, which is over with that
+                torch.zeros(1, device=self._device)
             raise RuntimeError(f"cudaHostRegister returned error {code}")
         weakref.finalize(owner, self._unlock, memory.data_ptr()).atexit = False
 
@@ -68,6 +70,10 @@ class SideStream:
     def wait_on_host(self, copied: torch.cuda.Event) -> None:
         copied.synchronize()
 
+    def wait_for_current(self) -> None:
+        """Let the host wait for what the current stream has been given so far."""
+        torch.cuda.current_stream(self._device).synchronize()
+
 
 class NoStream:
     """Copies of a device that has no streams: made at once."""
@@ -94,3 +100,6 @@ class NoStream:
 
     def wait_on_host(self, copied: Any) -> None:
         """It was made at once."""
+
+    def wait_for_current(self) -> None:
+        """What the device was given is done."""

@@ -14,16 +14,22 @@ class PhaseTimer:
 
     On CUDA a phase is timed between two events on the stream, so that timing never makes the host wait; `collect`
     waits for the last of them.
+
+    Attributes:
+        phase: the one that the host is in, None between phases; after an error, the one that raised it.
+        since: `time.monotonic()` when that began.
     """
 
     def __init__(self, device: torch.device, phases: Sequence[str]):
         self._device, self._phases = device, phases
         self._host = self._zeros()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._enter(None)
 
     @contextmanager
     def __call__(self, phase: str, on_device: bool = True) -> Iterator[None]:
         """Time the block as part of `phase`; `on_device=False` for work of the host alone (waiting for data)."""
+        self._enter(phase)
         if on_device and self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -34,6 +40,7 @@ class PhaseTimer:
             begin = time.perf_counter()
             yield
             self._host[phase] += time.perf_counter() - begin
+        self._enter(None)
 
     def collect(self) -> dict[str, float]:
         """The seconds of each phase since the last call."""
@@ -44,6 +51,9 @@ class PhaseTimer:
             seconds[phase] += begin.elapsed_time(end) / 1000
         self._events.clear()
         return seconds
+
+    def _enter(self, phase: str | None) -> None:
+        self.phase, self.since = phase, time.monotonic()
 
     def _zeros(self) -> dict[str, float]:
         return dict.fromkeys(self._phases, 0.0)

@@ -31,13 +31,13 @@ class Ranks:
     def __call__(self, function: Callable, *args: Any) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(300), f"rank {rank} does not answer"
-            failure, result = pipe.recv()
+            answers.append(pipe.recv())
+        for rank, (failure, _) in enumerate(answers):  # when all have been read: one left would be the next call's
             assert failure is None, f"rank {rank}:\n{failure}"
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
     def close(self) -> None:
         for pipe in self._pipes:

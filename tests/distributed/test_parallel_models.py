@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from opensora.models.activation import checkpoint_blocks
+from opensora.models.lora import LoraStart, plain_name
 from opensora.models.mmdit import MMDiT
 from opensora.parallel.engine import Engine
 from opensora.parallel.sequence import split_sequence
@@ -37,6 +39,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     recompute: str | None = None
     data: int = 1
+    lora: bool = False
 
 
 def small_model(case: Case) -> MMDiT:
@@ -131,6 +134,11 @@ class RecordingSGD(torch.optim.SGD):
         super().step()
 
 
+def adapters() -> LoraStart:
+    targets = ["q_proj", "v_proj", "proj", "v_mlp", "linear2", "img_mlp.0", "txt_mlp.2"]
+    return LoraStart(LoraConfig(r=3, lora_alpha=6, target_modules=targets, lora_dropout=0.0), None, "base")
+
+
 def on_ranks(context, layout: Layout, case: Case) -> Found:
     context = context.share_samples(layout.tensor, layout.sequence)
     assert context.data_parallel_size == layout.data
@@ -139,8 +147,16 @@ def on_ranks(context, layout: Layout, case: Case) -> Found:
     if case.recompute:
         checkpoint_blocks(model, None, case.recompute)
     config = {"zero_stage": case.stage}
+    torch.manual_seed(1)  # of new adapters
     engine = Engine(
-        context, model, lambda m: RecordingSGD(m.parameters(), lr=LR), "hybrid", config, case.dtype, case.clip
+        context,
+        model,
+        lambda m: RecordingSGD([p for p in m.parameters() if p.requires_grad], lr=LR),
+        "hybrid",
+        config,
+        case.dtype,
+        case.clip,
+        lora=adapters() if case.lora else None,
     )
     with torch.no_grad():
         output = engine.model(**inputs_of(0, 0, case.dtype)[0])
@@ -157,8 +173,9 @@ def on_ranks(context, layout: Layout, case: Case) -> Found:
         losses.append(context.sum(total).item())
     gradients = {} if case.clip else whole(engine, engine.optimizer.optim.first)
     weights = whole(engine, {shard.master: shard.master for shard in engine.shards()})
-    for name, weight in weights.items():
-        torch.testing.assert_close(engine.full_parameter(name), weight.to(case.dtype), msg=name)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(engine.full_parameter(name), weights[plain_name(name)].to(case.dtype), msg=name)
     return Found(output, losses, norms, gradients, weights)
 
 
@@ -224,9 +241,21 @@ def test_equals_one_process_in_bf16(request, layout, mode):
     compare(request, layout, Case(mode, dtype=torch.bfloat16), 3e-2, 5e-2)
 
 
-@pytest.mark.parametrize("case", [Case(clip=0.1), Case(clip=0.1, stage=1, accumulation=2), Case(accumulation=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(clip=0.1), Case(clip=0.1, stage=1, accumulation=2), Case(accumulation=2)], ids=str
+)
 def test_clipping_and_accumulation(request, case):
     compare(request, Layout(2, 2, 1), case, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 1)], ids=name_of)
+def test_adapters(request, one_rank, layout):
+    """Down-projections of divided outputs are whole and see a part of the gradient, and so on: all is tried here."""
+    case = Case(fused_qkv=False, lora=True, clip=0.1)
+    ranks = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[layout.tensor * layout.sequence])
+    (expected,) = one_rank(on_ranks, Layout(1, 1, 1), case)
+    for found in ranks(on_ranks, layout, case):
+        assert_same(found, expected, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("policy", ["full", "attention"])

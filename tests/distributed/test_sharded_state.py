@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from opensora.parallel.shards import ParameterShard, rectangles
-from opensora.training.sharded_state import load_tensors, save_tensors
+from opensora.parallel.snapshot import SnapshotMemory
+from opensora.training.sharded_state import INDEX, ShardFile, format_index, load_tensors
 
 SHAPES = {"matrix": (5, 7), "vector": (11,), "kernel": (3, 2, 2, 5), "scalar": (), "short": (1,)}
 
@@ -43,14 +44,35 @@ def shards(context, fill) -> list[ParameterShard]:
 
 
 def write(context, folder):
-    save_tensors(folder, {s.name: s.as_logical(s.master) for s in shards(context, fill=True)}, context.host_group)
+    stacked = {f"{s.name}": (s.as_logical(s.master), s.as_logical(-s.master)) for s in shards(context, fill=True)}
+    write_folder(context, folder, {"plain." + key: stack[:1] for key, stack in stacked.items()} | stacked)
+
+
+def write_folder(context, folder, tensors):
+    file = ShardFile(tensors, context.rank)
+    contents = SnapshotMemory(context.device).take({file.name: file.nbytes}, file.pieces(file.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file.name).write_bytes(contents[file.name])
+    index = format_index(context.gather_objects(file.entries))
+    if context.is_main:
+        (folder / INDEX).write_bytes(index)
+    context.barrier()
 
 
 def read(context, folder):
-    empty = shards(context, fill=False)
-    load_tensors(folder, {s.name: s.as_logical(s.master) for s in empty}, context.host_group)
-    expected = shards(context, fill=True)
-    return all(torch.equal(a.master, b.master) for a, b in zip(empty, expected, strict=True))
+    plain, positive, negative = (shards(context, fill=False) for _ in range(3))
+    tensors = {f"plain.{s.name}": [s.as_logical(s.master)] for s in plain}
+    for s, other in zip(positive, negative, strict=True):
+        tensors[s.name] = [s.as_logical(s.master), s.as_logical(other.master)]
+    load_tensors(folder, tensors, context.host_group)
+    expected = [s.master for s in shards(context, fill=True)]
+    found = ([s.master for s in some] for some in (plain, positive, negative))
+    signs = (1, 1, -1)
+    return all(
+        torch.equal(a, sign * b)
+        for masters, sign in zip(found, signs, strict=True)
+        for a, b in zip(masters, expected, strict=True)
+    )
 
 
 def test_any_layout_reads_what_any_wrote(one_rank, two_ranks, tmp_path):
@@ -67,7 +89,7 @@ def read_wrong(context, folder):
     messages = []
     for name in ("vector", "absent"):
         try:
-            load_tensors(folder, {name: shard.as_logical(master)}, context.host_group)
+            load_tensors(folder, {name: [shard.as_logical(master)]}, context.host_group)
         except ValueError as error:
             messages.append(str(error))
     return messages
@@ -76,5 +98,5 @@ def read_wrong(context, folder):
 def test_another_models_state_is_refused(one_rank, tmp_path):
     one_rank(write, tmp_path / "state")
     (messages,) = one_rank(read_wrong, tmp_path / "state")
-    assert "vector is (11,), the model's is (12,)" in messages[0]
+    assert "vector is (2, 11), the model's is (12,)" in messages[0]
     assert "lacks 1 of 1 tensors, absent among them" in messages[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 from opensora.models.autoencoder import HunyuanVAE
 from opensora.models.autoencoder.frame_causal import attend_by_frame
 from opensora.models.autoencoder.fused_norm import NormSiLU
-from opensora.models.autoencoder.hunyuan import set_tiles
+from opensora.models.autoencoder.tiles import TileSize
 from opensora.models.frozen import build_frozen
 from opensora.registry import AUTOENCODERS
 
@@ -87,15 +88,13 @@ def test_it_equals_the_reference(case, build, golden):
 def test_tiles_are_those_of_the_reference_by_default():
     tiles = FACTS["real_config_tiles"]["inference/train"]
     with torch.device("meta"):
-        vae = HunyuanVAE(use_spatial_tiling=True, use_temporal_tiling=True, device="meta").vae
-    assert vae.tile_sample_min_height == vae.tile_sample_min_width == tiles["tile_sample_min_size"]
-    assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == (1 - tiles["overlap"]) * 256
-    assert vae.tile_sample_min_num_frames == tiles["tile_sample_min_tsize"]
-    assert vae.tile_sample_stride_num_frames == (1 - tiles["overlap"]) * 64
+        autoencoder = HunyuanVAE(use_spatial_tiling=True, use_temporal_tiling=True, device="meta")
+    assert autoencoder.tile == TileSize(tiles["tile_sample_min_size"], tiles["tile_sample_min_tsize"])
+    assert autoencoder.latent_tile == TileSize(tiles["tile_latent_min_size"], tiles["tile_latent_min_tsize"])
 
 
 def test_time_is_in_tiles_only_if_wanted(build, golden):
-    """diffusers by itself cuts 33 frames; uncut, they go through the network's parts as they are."""
+    """Uncut, 33 frames go through the network's parts as they are."""
     autoencoder = build()
     video = golden["temporal_tile.x"]
     assert video.shape[2] == 33
@@ -126,11 +125,22 @@ def test_extreme_variances_are_clamped(build, golden):
     assert autoencoder.encode(golden["video5.x"], torch.ones).flatten()[0].item() == pytest.approx(SCALE * 22026.466)
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("clips, parts", [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (None, [5])])
-def test_micro_batches_change_memory_only(build, tiled, clips, parts):
+# (tiled, whole tiles or clips within the limit) -> how many go through the network together, by size
+SPLITS = {
+    (False, 1): [[1] * 5],
+    (False, 2): [[2, 2, 1]],
+    (False, None): [[5]],
+    (True, 1): [[1] * 10, [2] * 5, [1] * 5, [3, 2]],
+    (True, 2): [[2] * 5, [4, 4, 2], [3, 2], [5]],
+    (True, None): [[5, 5], [5, 5], [5], [5]],
+}
+
+
+@pytest.mark.parametrize("tiled, clips", SPLITS)
+def test_micro_batches_change_memory_only(build, tiled, clips):
+    """A tiled clip is two tiles of 17 x 32 x 24, two of 17 x 16 x 24, one of 9 x 32 x 24 and one of 9 x 16 x 24."""
     frames, height, width = (33, 40, 24) if tiled else (5, 16, 24)
-    pixels = 17 * 32 * 24 if tiled else 5 * 16 * 24  # of a tile, of a clip
+    pixels = 17 * 32 * 24 if tiled else 5 * 16 * 24  # of a whole tile, of a clip
     video = normal(5, 3, frames, height, width)
     tiling = {"use_spatial_tiling": tiled, "use_temporal_tiling": tiled}
     autoencoder = build(micro_batch_pixels=clips and clips * pixels + 1, **tiling)
@@ -140,9 +150,7 @@ def test_micro_batches_change_memory_only(build, tiled, clips, parts):
         part.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(len(args[0])))
     latents = autoencoder.encode(video, lambda shape: normal(*shape, seed=1))
     decoded = autoencoder.decode(latents)
-    tiles = len(seen["encoder"]) // len(parts)
-    assert tiles > 1 if tiled else tiles == 1
-    assert seen["encoder"] == seen["decoder"] == [size for size in parts for _ in range(tiles)]
+    assert seen["encoder"] == seen["decoder"] == list(chain(*SPLITS[tiled, clips]))
     at_once = build(micro_batch_pixels=None, **tiling)
     expected = at_once.encode(video, lambda shape: normal(*shape, seed=1))
     torch.testing.assert_close(latents, expected, **CLOSE)
@@ -262,11 +270,6 @@ def test_settings_that_cannot_be_used(settings, complaint, build):
 def test_sizes_that_do_not_fit(build):
     with pytest.raises(ValueError, match="20 x 16 pixels do not fit the autoencoder: give multiples of 8"):
         build().encode(torch.zeros(1, 3, 5, 20, 16))
-
-
-def test_a_version_of_diffusers_with_other_tiles_is_refused():
-    with pytest.raises(ImportError, match=r"has no use_tiling: install requirements\.txt"):
-        set_tiles(torch.nn.Module(), True, True, 256, 64)
 
 
 def test_attention_by_frame_equals_attention_under_a_mask():

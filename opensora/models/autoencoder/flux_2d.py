@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opensora.models.autoencoder.kl import KLAutoencoder, in_micro_batches
+from opensora.models.autoencoder.kl import KLAutoencoder
 from opensora.models.autoencoder.loading import build_loaded
 from opensora.models.weight_files import WeightSource
 from opensora.registry import AUTOENCODERS
@@ -103,23 +103,18 @@ class Autoencoder2D(KLAutoencoder):
 
     def moments(self, video: Tensor) -> Tensor:
         encode = lambda frames: self.vae.encode(frames).latent_dist.parameters  # noqa: E731
-        height, width = video.shape[3:]
-        moments = in_micro_batches(encode, _fold(video), self.micro_batch_pixels, height * width)  # [B*T, 2C, h, w]
-        return _unfold(moments, len(video))
+        return self._by_frame(encode, video, lambda height, width: height * width)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         decode = lambda frames: self.vae.decode(frames).sample  # noqa: E731
-        height, width = z.shape[3:]
-        pixels = SPATIAL**2 * height * width
-        return _unfold(in_micro_batches(decode, _fold(z), self.micro_batch_pixels, pixels), len(z))
+        return self._by_frame(decode, z, lambda height, width: SPATIAL**2 * height * width)
 
-
-def _fold(video: Tensor) -> Tensor:
-    return video.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B*T, C, H, W]
-
-
-def _unfold(frames: Tensor, batch: int) -> Tensor:
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)  # [B*T, C, H, W] -> [B, C, T, H, W]
+    def _by_frame(
+        self, network: Callable[[Tensor], Tensor], video: Tensor, pixels: Callable[[int, int], int]
+    ) -> Tensor:
+        frames = video.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B*T, C, H, W]
+        results = self.over_items(network, pixels, unlimited=len(frames))(frames.split(1))
+        return torch.cat(results).unflatten(0, (len(video), -1)).transpose(1, 2)  # -> [B, C', T, h, w]
 
 
 # ------------------------------------------------------------------------------------------------------- names

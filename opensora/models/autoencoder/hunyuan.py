@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from opensora.models.autoencoder.frame_causal import attend_by_frame
-from opensora.models.autoencoder.kl import KLAutoencoder, in_micro_batches
+from opensora.models.autoencoder.kl import KLAutoencoder
 from opensora.models.autoencoder.loading import build_loaded
+from opensora.models.autoencoder.tiles import TileSize, map_tiles
 from opensora.registry import AUTOENCODERS
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ class HunyuanVAE(KLAutoencoder):
         block_out_channels: of the four levels. norm_num_groups: of the group normalisations.
         sample_size, sample_tsize: of a tile, in pixels (a multiple of 32) and frames (a multiple of 16).
         scale_factor, shift_factor: latents are scale_factor * (z - shift_factor).
-        micro_batch_pixels: a batch is coded in parts of at most so many pixels (frames x height x width, of a tile
-            where there are tiles) and at least one clip, so that memory does not grow with the batch; None: at once.
+        micro_batch_pixels: clips, or tiles where there are some, of one size are coded together up to so many pixels
+            (frames x height x width), and at least one, so that memory does not grow with the batch; None: as many
+            as the batch has clips.
         compile: compile each normalisation with its activation (torch.compile), for all sizes at once.
     """
 
@@ -94,10 +97,9 @@ class HunyuanVAE(KLAutoencoder):
             compile=compile,
         )
         self.latent_channels = latent_channels
-        self.tile_frames = sample_tsize + 1 if use_temporal_tiling else None
-        self.tile_size = sample_size if use_spatial_tiling else None
+        self.tile = TileSize(sample_size if use_spatial_tiling else None, sample_tsize if use_temporal_tiling else None)
+        self.latent_tile = self.tile.compressed(SPATIAL, TEMPORAL)
         attend_by_frame(self.vae)
-        set_tiles(self.vae, use_spatial_tiling, use_temporal_tiling, sample_size, sample_tsize)
 
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(frames, height, width) of a video -> those of its latents; frames beyond 4n + 1 don't come back."""
@@ -109,39 +111,18 @@ class HunyuanVAE(KLAutoencoder):
         return (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL
 
     def moments(self, video: Tensor) -> Tensor:
-        encode = lambda clips: self.vae.encode(clips).latent_dist.parameters  # noqa: E731
-        return in_micro_batches(encode, video, self.micro_batch_pixels, self._pixels_at_once(*video.shape[2:]))
+        encode = lambda clips: self.vae.quant_conv(self.vae.encoder(clips))  # noqa: E731
+        work = self.over_items(encode, lambda *size: math.prod(size), unlimited=len(video))
+        return map_tiles(work, video, self.tile, self.latent_tile)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        decode = lambda latents: self.vae.decode(latents).sample  # noqa: E731
-        frames, height, width = z.shape[2:]
-        each = self._pixels_at_once(TEMPORAL * (frames - 1) + 1, SPATIAL * height, SPATIAL * width)
-        return in_micro_batches(decode, z, self.micro_batch_pixels, each)
-
-    def _pixels_at_once(self, frames: int, height: int, width: int) -> int:
-        """Pixels of a clip that the network sees at once: those of a tile, or all."""
-        frames = min(frames, self.tile_frames or frames)
-        return frames * min(height, self.tile_size or height) * min(width, self.tile_size or width)
+        decode = lambda clips: self.vae.decoder(self.vae.post_quant_conv(clips))  # noqa: E731
+        work = self.over_items(decode, _pixels_of_latents, unlimited=len(z))
+        return map_tiles(work, z, self.latent_tile, self.tile)
 
 
-def set_tiles(vae: AutoencoderKLHunyuanVideo, spatial: bool, temporal: bool, size: int, frames: int) -> None:
-    """Tell diffusers which tiles to use: by itself it cuts time into tiles of 16 frames.
-
-    These are attributes, which a version that calls them differently would ignore without a word.
-    """
-    settings = {
-        "use_tiling": spatial,
-        "use_framewise_encoding": temporal,
-        "use_framewise_decoding": temporal,
-        "tile_sample_min_num_frames": frames,
-        "tile_sample_stride_num_frames": frames * 3 // 4,
-    }
-    for side in ("height", "width"):
-        settings |= {f"tile_sample_min_{side}": size, f"tile_sample_stride_{side}": size * 3 // 4}
-    for name, value in settings.items():
-        if not hasattr(vae, name):
-            raise ImportError(f"diffusers' AutoencoderKLHunyuanVideo has no {name}: install requirements.txt's version")
-        setattr(vae, name, value)
+def _pixels_of_latents(frames: int, height: int, width: int) -> int:
+    return (TEMPORAL * (frames - 1) + 1) * SPATIAL**2 * height * width
 
 
 def _check_channels(block_out_channels: Sequence[int], norm_num_groups: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from opensora.models.autoencoder.fused_norm import fuse_norms
+from opensora.models.autoencoder.items import MapItems, Work, compute_all, in_micro_batches
 from opensora.models.autoencoder.posterior import Posterior
 from opensora.models.compilation import why_not_compile
 
@@ -17,8 +19,11 @@ class KLAutoencoder(nn.Module, ABC):
     """A KL autoencoder `vae` of diffusers: latents are `scale_factor * (z - shift_factor)`, z from its posterior.
 
     Args:
-        micro_batch_pixels: a batch is coded in parts of at most so many pixels (see `in_micro_batches`); None: at once.
+        micro_batch_pixels: items go through the network in parts of at most so many pixels; None: there is no limit.
         compile: fuse normalisations with their activations (`fuse_norms`).
+
+    Attributes:
+        map_items: computes what the network makes of a batch's items; may be replaced.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class KLAutoencoder(nn.Module, ABC):
         self.vae = vae
         self.scale_factor, self.shift_factor = scale_factor, shift_factor
         self.micro_batch_pixels = micro_batch_pixels
+        self.map_items: MapItems = compute_all
         if compile:
             lacking = why_not_compile(next(vae.parameters()).device.type == "cuda")
             if lacking:
@@ -76,17 +82,16 @@ class KLAutoencoder(nn.Module, ABC):
     def reconstruct(self, z: Tensor) -> Tensor:
         """A sample of the posterior [B, C, t, h, w] -> pixels [B, c, T, H, W]."""
 
+    def over_items(self, network: Callable[[Tensor], Tensor], pixels: Callable[..., int], unlimited: int) -> Work:
+        """What computes `network` of items [1, C, ...]: by `map_items`, in micro-batches of items of one shape.
 
-def in_micro_batches(run: Callable[[Tensor], Tensor], batch: Tensor, limit: int | None, each: int) -> Tensor:
-    """`run` over parts of a batch [B, ...], put together: its memory does not grow with B.
+        Args:
+            pixels: pixels(*shape) of an item, `shape` without batch and channels.
+            unlimited: items that make a batch where there is no limit of pixels.
+        """
 
-    Samples don't see each other, so the result is that of the whole batch, up to the rounding of the kernels that
-    another size of batch selects.
+        def at_once(shape: torch.Size) -> int:
+            limit = self.micro_batch_pixels
+            return unlimited if limit is None else max(1, limit // pixels(*shape[2:]))
 
-    Args:
-        limit: pixels at once; at least one sample is taken. None: no limit.
-        each: pixels of a sample.
-    """
-    if limit is None:
-        return run(batch)
-    return torch.cat([run(part) for part in batch.split(max(1, limit // each))])
+        return partial(self.map_items, partial(in_micro_batches, network, at_once))

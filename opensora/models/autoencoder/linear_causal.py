@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from opensora.models.autoencoder.items import MapItems, compute_all, in_micro_batches
 from opensora.models.weight_files import save_shard
 from opensora.registry import AUTOENCODERS
 
@@ -74,6 +76,9 @@ class LinearCausal(nn.Module):
     Args:
         from_pretrained: file written by `save` (safetensors), loaded strictly; None leaves it to be fitted.
         in_channels: of the pixels. latent_channels: of the latents.
+
+    Attributes:
+        map_items: computes what becomes of a batch's samples; may be replaced.
     """
 
     temporal_compression = TEMPORAL
@@ -92,6 +97,7 @@ class LinearCausal(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.latent_channels = latent_channels
+        self.map_items: MapItems = compute_all
         self.first = BlockCodec(in_channels, 1, latent_channels)
         self.rest = BlockCodec(in_channels, TEMPORAL, latent_channels)
         if from_pretrained is not None:
@@ -107,13 +113,23 @@ class LinearCausal(nn.Module):
             ValueError: T is not 4n + 1, or H or W no multiple of 8.
         """
         self.latent_size(tuple(video.shape[2:]))
+        return self._by_sample(self._encode, video)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, t, h, w] -> pixels [B, c, 4(t-1)+1, 8h, 8w], about [-1, 1], not clamped."""
+        return self._by_sample(self._decode, latents)
+
+    def _by_sample(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        work = partial(in_micro_batches, function, lambda shape: len(batch))
+        return torch.cat(self.map_items(work, batch.split(1)))
+
+    def _encode(self, video: Tensor) -> Tensor:
         latents = self.first.encode(video[:, :, :1])
         if video.shape[2] == 1:
             return latents
         return torch.cat([latents, self.rest.encode(video[:, :, 1:])], dim=2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, t, h, w] -> pixels [B, c, 4(t-1)+1, 8h, 8w], about [-1, 1], not clamped."""
+    def _decode(self, latents: Tensor) -> Tensor:
         frames = self.first.decode(latents[:, :, :1])
         if latents.shape[2] == 1:
             return frames
