@@ -23,14 +23,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
@@ -42,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.common import to_torch_dtype  # noqa: E402 - the repository need not be installed
 from opensora.models.activation import checkpoint_blocks  # noqa: E402
 from opensora.models.mmdit import MMDiT  # noqa: E402
@@ -188,19 +185,6 @@ def print_table(found: dict[str, dict]) -> None:
         print(f"{name:14} {row['bytes_per_token_and_block']:18.0f} {peak:9.1f} {row['seconds_relative']:6.2f}")
 
 
-def describe_machine(device: str) -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "colossalai": version("colossalai"),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/diffusion/train/stage1.py")
@@ -229,7 +213,8 @@ def main(argv: list[str]) -> None:
     sizes = {key: getattr(arguments, key) for key in ("hidden_size", "tokens", "text_tokens", "depth", "dtype")}
     unit = "bytes; seconds of forward and backward over those of `none`"
     result = {"figure": "activation memory", "unit": unit, "repeats": arguments.repeats, **sizes, "settings": found}
-    print(json.dumps(result | describe_machine(arguments.device)))
+    result["threads"] = torch.get_num_threads()
+    print(json.dumps(result | describe_machine("torch", "colossalai", device=arguments.device)))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import runpy
 import statistics
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -32,6 +29,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose names are those of others' modules
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.data.bucket import BucketTable  # noqa: E402 - the repository need not be installed
 
 FPS_MAX = 24
@@ -119,17 +117,6 @@ def peak_mib(buckets: BucketTable, columns: Columns) -> float:
     return peak / 2**20
 
 
-def describe_machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -166,7 +153,7 @@ def main(argv: list[str]) -> None:
         "config": arguments.config,
         "repeats": arguments.repeats,
     }
-    print(json.dumps(result | describe_machine()))
+    print(json.dumps(result | describe_machine("numpy")))
 
 
 if __name__ == "__main__":

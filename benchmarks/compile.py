@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose names are those of others' modules
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.common import DTYPES  # noqa: E402 - the repository need not be installed
 from opensora.config import load_config  # noqa: E402
 from opensora.models.activation import POLICIES, checkpoint_blocks  # noqa: E402
@@ -84,18 +82,6 @@ def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def describe_machine(device: str) -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=CONFIG)
@@ -133,7 +119,7 @@ def main(argv: list[str]) -> None:
         print(f"{name:9} {result[name]:8.5f} s")
     result |= {"ratio": round(result["eager"] / result["compiled"], 3), "compile_seconds": round(compile_seconds, 1)}
     result |= {"repeats": arguments.repeats, "graphs": graphs, "graphs_after_7_shapes": count_graphs()}
-    print(json.dumps(result | describe_machine(device)))
+    print(json.dumps(result | {"threads": torch.get_num_threads()} | describe_machine("torch", device=device)))
 
 
 if __name__ == "__main__":

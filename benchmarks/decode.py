@@ -21,10 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +39,7 @@ from torch.nn.functional import interpolate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose names are those of others' modules
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.data.aspect import image_size  # noqa: E402 - the repository need not be installed
 from opensora.data.transforms import centre_crop, cover_size, normalise  # noqa: E402
 from opensora.data.video import read_clip, window_indices  # noqa: E402
@@ -163,18 +161,6 @@ def in_fresh_process(function: Callable, *arguments: object) -> object:
         return pool.submit(function, *arguments).result()
 
 
-def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "av": av.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=8, help="clips of each file")
@@ -202,7 +188,7 @@ def main() -> None:
             small = write_video(Path(folder) / "small.mp4", 64, 64)
             halves = in_fresh_process(peak_memory, False, small, 32, 32, arguments.clips)
             figures |= {"clips": arguments.clips, "worker_mb_halves": [round(peak, 1) for peak in halves]}
-    print(json.dumps(figures | {"windows": arguments.windows} | machine()))
+    print(json.dumps(figures | {"windows": arguments.windows} | describe_machine("torch", "av")))
 
 
 if __name__ == "__main__":

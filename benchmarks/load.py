@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -33,6 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.models.mmdit import MMDiT  # noqa: E402 - the repository need not be installed
 from opensora.models.mmdit.convert import convert  # noqa: E402
 from opensora.models.mmdit.layouts import FLUX, OPEN_SORA  # noqa: E402
@@ -186,17 +185,6 @@ def check_room(gb: float, folder: Path, copies: int) -> None:
         )
 
 
-def describe_machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=3.0, help="size of the file (10^9 bytes)")
@@ -228,7 +216,7 @@ def main(argv: list[str]) -> None:
     for work in works[1:]:
         result |= {f"{work}_{key}": value for key, value in found[work].items()}
     result["ratio"] = round(found["baseline"]["seconds"] / found["ours"]["seconds"], 2)
-    print(json.dumps(result | describe_machine()))
+    print(json.dumps(result | describe_machine("torch")))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose names are those of others' modules
 
+from benchmarks.machine import describe_machine  # noqa: E402
 from opensora.data.metadata import add_metadata  # noqa: E402 - the repository need not be installed
 from opensora.data.probe import probe  # noqa: E402
 
@@ -100,7 +99,6 @@ def main() -> None:
         ratio_mkv, ms_mkv = compare(write_videos(folder, ".mkv"), arguments.repeats)
         rate = videos_per_second(folder, files, arguments.rows, arguments.num_workers)
         alone = videos_per_second(folder, files, arguments.rows, 0)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     figures = {
         "videos_per_s": rate,
         "videos_per_s_one_process": alone,
@@ -111,13 +109,8 @@ def main() -> None:
         "rows": arguments.rows,
         "num_workers": arguments.num_workers,
         "repeats": arguments.repeats,
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "av": av.__version__,
-        "commit": commit.stdout.strip(),
     }
-    print(json.dumps(figures))
+    print(json.dumps(figures | describe_machine("av")))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import runpy
 import shutil
 import subprocess
@@ -39,6 +37,8 @@ import pyarrow.parquet as pa_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose names are those of others' modules
+
+from benchmarks.machine import describe_machine  # noqa: E402
 
 BATCH_ROWS, TEXT_LENGTH = 100_000, 300
 CHECKED_EVERY = 100
@@ -191,17 +191,6 @@ def check_room(rows: int, folder: Path) -> None:
         )
 
 
-def describe_machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "pyarrow": pa.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
@@ -225,7 +214,7 @@ def main(argv: list[str]) -> None:
             result |= {f"plain_{key}": value for key, value in plain.items() if key != "imports_mb"}
     for key, value in result.items():
         print(f"{key:22} {value:,}")
-    print(json.dumps(result | {"unit": "10^6 bytes, seconds, ms a row"} | describe_machine()))
+    print(json.dumps(result | {"unit": "10^6 bytes, seconds, ms a row"} | describe_machine("pyarrow")))
 
 
 if __name__ == "__main__":

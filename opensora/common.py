@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -52,6 +54,16 @@ def get_logger() -> logging.Logger:
         # says, whoever imports it, which kernels it could use that are not needed here
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return logger
+
+
+def die_with_parent(parent: int) -> None:
+    """Let Linux kill this process when its parent `parent` ends, whatever ends that; at once if it has ended."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def log_to_file(path: str | Path) -> logging.Handler:

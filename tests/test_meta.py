@@ -291,8 +291,12 @@ def test_a_journal_of_another_table_or_way_is_not_used(folder, tmp_path):
 
     with ProbeJournal(journal, table, False) as opened:
         assert list(opened.complete(lambda paths: iter(["old", probe(folder / "a.mp4")]), ["a.mp4"] * 2))
-        with pytest.raises(TableError, match="another run writes the same output"):
-            ProbeJournal(journal, table, False)
+        code = (
+            "import sys; from pathlib import Path; from opensora.data.probe_journal import ProbeJournal;"
+            "ProbeJournal(Path(sys.argv[1]), Path(sys.argv[2]), False)"
+        )
+        other = subprocess.run([sys.executable, "-c", code, journal, table], capture_output=True, text=True)
+        assert "another run writes the same output" in other.stderr
     assert known(False) == ["new", probe(folder / "a.mp4"), "new"]  # "old" could not be read: it is tried again
     assert known(True) == ["new"] * 3
     make_table(table, ["a.mp4"] * 4)
@@ -324,7 +328,7 @@ def test_a_file_that_kills_its_reader_is_rejected_and_the_others_are_read():
         return item
 
     items = ["a", "crash", *"bcdefgh" * 20, "kill", "exit", *"xyz" * 20, "crash"]
-    pool = WorkerPool(read, 3)
+    pool = WorkerPool(read, 3, 60)
     try:
         for _ in range(2):  # workers stay
             results = list(pool.map(items))
@@ -342,10 +346,38 @@ def test_a_worker_that_is_killed_once_costs_no_file(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    pool = WorkerPool(read, 2)
+    pool = WorkerPool(read, 2, 60)
     try:
         items = [str(i) for i in range(100)]
         assert list(pool.map(items)) == items and (tmp_path / "killed").exists()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_file_whose_reading_never_ends_is_given_up(folder, tmp_path, num_workers):
+    """A named pipe that nobody writes to, and a worker that is stopped."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    good = [str(folder / name) for name in GOOD]
+    paths = [good[0], str(tmp_path / "pipe.mp4"), *good[1:], str(tmp_path / "pipe.mp4")]
+    pd.DataFrame({"path": paths, "text": "a"}).to_csv(tmp_path / "t.csv", index=False)
+    begin = time.monotonic()
+    summary = add_metadata(tmp_path / "t.csv", tmp_path / "out.csv", num_workers, longest=2)
+    assert time.monotonic() - begin < 30
+    assert read_table(tmp_path / "out.csv").path.tolist() == good and summary.rejected == {"too slow": 2}
+
+
+def test_a_stopped_worker_is_replaced():
+    def read(item):
+        if item == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return item
+
+    pool = WorkerPool(read, 2, 1.5)
+    try:
+        items = [*"abc", "stop", *"defg" * 20]
+        late = "too slow: reading it takes longer than 1.5 s"
+        assert list(pool.map(items)) == [late if item == "stop" else item for item in items]
     finally:
         pool.close()
 

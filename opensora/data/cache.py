@@ -1,12 +1,14 @@
 """What the frozen encoders make of a table, in a folder: written once, looked up while training.
 
 FOLDER/cache.json                  what it was made with and for, the names of the shards and of the index
-FOLDER/index-*.npy                 int64 [3, N]: the two halves of each key, the first sorted; and where the entry is
-FOLDER/shards/*.safetensors        "keys" int64 [n, 2], and the tensors of n entries of one shape, stacked
+FOLDER/index-*.npy                 the keys of all entries, sorted, and where each entry is: see `cache_index`
+FOLDER/shards/*.safetensors        "keys" int64 [n, 3], the marks of the files among them, and the tensors of n entries
+                                   of one shape, stacked
 
 An entry's key is a hash of all that it is of (a caption; a file and a window of it), not its row: a table may be
-shuffled, cut or extended, and what is changed in it is not found. Files are written under another name and renamed;
-shards are never changed; cache.json names an index only when all is there.
+shuffled, cut or extended, and what is changed in it is not found. A file that was replaced is known by its mark, which
+is kept beside the key: it is encoded anew, and not trained on as it was. Files are written under another name and
+renamed; shards are never changed; cache.json names an index only when all is there.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from fcntl import LOCK_EX, LOCK_NB, lockf
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,18 +29,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+from opensora.data.cache_index import REJECTED, Key, KeyIndex, has_changed, write_index
+from opensora.durable import HeldError, hold, put_in_place, write_whole
+from opensora.fingerprint import content_hash
+
+FORMAT = 2
+STORED = "stored.npy"  # while the shards are written: the index of those of earlier runs
 SHARD_BYTES = 256 << 20
 _KEYS = "keys"
-_REJECTED = -1  # in place of where an entry is: its file could not be read
 _OPEN_SHARDS = 64
-
-
-class Key(NamedTuple):
-    """128 bits, as two signed integers."""
-
-    high: int
-    low: int
 
 
 class NotCachedError(ValueError):
@@ -56,47 +55,21 @@ def text_key(caption: str) -> Key:
     return entry_key("text", caption)
 
 
-class _KeyIndex:
-    """Where keys are, by the sorted first halves [N] and the second halves [N]."""
-
-    def __init__(self, highs: NDArray[np.int64], lows: NDArray[np.int64]):
-        self.highs, self.lows = highs, lows
-
-    def find(self, key: Key) -> int | None:
-        at = int(np.searchsorted(self.highs, key.high))
-        while at < len(self.highs) and self.highs[at] == key.high:
-            if self.lows[at] == key.low:
-                return at
-            at += 1
-        return None
-
-
-class StoredKeys:
-    """The keys of all entries that are in the shards of a folder, indexed or not."""
-
-    def __init__(self, folder: Path):
-        shards = [shard_keys(folder, name) for name in shard_names(folder)]
-        keys = np.concatenate([*shards, np.empty((0, 2), dtype=np.int64)])
-        self._keys = _KeyIndex(*keys[np.argsort(keys[:, 0])].T.copy())
-
-    def __contains__(self, key: Key) -> bool:
-        return self._keys.find(key) is not None
-
-
 class ShardWriter:
     """Writes entries into the shards of a folder; entries of one shape should follow each other."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
         self._folder, self._shard_bytes = folder / "shards", shard_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._keys: list[Key] = []
+        self._keys: list[tuple[int, int, int]] = []
         self._entries: list[Mapping[str, Tensor]] = []
         self._bytes = 0
 
-    def add(self, key: Key, entry: Mapping[str, Tensor]) -> None:
+    def add(self, key: Key, entry: Mapping[str, Tensor], mark: int = 0) -> None:
+        """mark: `file_mark` of the file that the entry is of."""
         if self._entries and _layout(entry) != _layout(self._entries[0]):
             self.flush()
-        self._keys.append(key)
+        self._keys.append((*key, mark))
         self._entries.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
         self._bytes += sum(tensor.nbytes for tensor in entry.values())
         if self._bytes >= self._shard_bytes:
@@ -107,7 +80,7 @@ class ShardWriter:
         if not self._entries:
             return
         tensors = {name: torch.stack([entry[name] for entry in self._entries]) for name in self._entries[0]}
-        tensors[_KEYS] = torch.tensor(self._keys, dtype=torch.int64)  # [n, 2]
+        tensors[_KEYS] = torch.tensor(self._keys, dtype=torch.int64)  # [n, 3]
         name = f"{hashlib.sha256(tensors[_KEYS].numpy()).hexdigest()[:32]}.safetensors"  # equal only if all keys are
         temporary = self._folder / f".{name}.{os.getpid()}"
         temporary.touch()
@@ -117,7 +90,7 @@ class ShardWriter:
         except SafetensorError as error:
             raise OSError(f"'{self._folder}': {error}: make room on its disk, then start again") from error
         temporary.chmod(mode)
-        _put_in_place(temporary, self._folder / name)
+        put_in_place(temporary, self._folder / name)
         self._keys, self._entries, self._bytes = [], [], 0
 
 
@@ -125,18 +98,14 @@ def _layout(entry: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in entry.items()}
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def shard_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "shards").glob("[!.]*.safetensors"))
+    """The newest last."""
+    found = (folder / "shards").glob("[!.]*.safetensors")
+    return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))]
 
 
 def shard_keys(folder: Path, name: str) -> NDArray[np.int64]:
-    """[n, 2]"""
+    """[n, 3]: the halves of the keys, and the marks of the files."""
     with safe_open(folder / "shards" / name, "pt") as shard:
         return shard.get_tensor(_KEYS).numpy()
 
@@ -149,67 +118,81 @@ def read_description(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def lock(folder: Path) -> TextIO:
+def lock(folder: Path) -> IO[str]:
     """Hold `folder` for one run: until the file that is returned is closed, or the process ends.
 
     Raises:
         ValueError: another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = (folder / ".lock").open("w")
     try:
-        lockf(held, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise ValueError(f"'{folder}' is being written by another run of scripts/cnv/cache.py") from None
-    return held
+        return hold(folder / ".lock")
+    except HeldError as error:
+        raise ValueError(
+            f"'{folder}' is being written by another run of scripts/cnv/cache.py ({error.holder})"
+        ) from None
 
 
 def begin(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """Make `folder` ready to be filled. Returns what cache.json says: of an earlier run, or now `description`."""
+    """Make `folder` ready to be filled. Returns what cache.json says: of an earlier run, or now `description`.
+
+    Raises:
+        ValueError: an earlier version made it.
+    """
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for unfinished in (*folder.glob(".cache.json.*"), *(folder / "shards").glob(".*.safetensors.*")):
+    for unfinished in (
+        *folder.glob(".*.json.*"),
+        *folder.glob(".*.npy*"),
+        *(folder / "shards").glob(".*.safetensors.*"),
+    ):
         unfinished.unlink(missing_ok=True)
     if read_description(folder) is None:
         write_description(folder, {**description, "format": FORMAT, "index": None})
+    _check_format(folder, read_description(folder), "output")
+    write_index(folder / STORED, _rows_of_shards(folder, shard_names(folder)))
     return read_description(folder)
+
+
+def stored_keys(folder: Path) -> KeyIndex:
+    """The keys of all entries that were in the shards of a folder at its `begin`, indexed or not."""
+    return KeyIndex.load(folder / STORED)
+
+
+def _rows_of_shards(folder: Path, names: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+    """Rows of an index [n, 4], a shard at a time."""
+    for number, name in enumerate(names):
+        keys = shard_keys(folder, name)  # [n, 3]
+        places = (number << 32) + np.arange(len(keys))
+        yield np.column_stack([keys[:, :2], places, keys[:, 2]])
+
+
+def _check_format(folder: Path, description: Mapping[str, Any], setting: str) -> None:
+    if description["format"] != FORMAT:
+        raise ValueError(f"{setting}: '{folder}' has format {description['format']}, not {FORMAT}: make it anew")
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".cache.json.{os.getpid()}"
-    temporary.write_text(json.dumps(description, indent=1))
-    _put_in_place(temporary, folder / "cache.json")
+    write_whole(folder / "cache.json", lambda file: file.write(json.dumps(description, indent=1).encode()))
 
 
 def complete(folder: Path, description: Mapping[str, Any], rejected: Iterable[Key]) -> int:
     """Index all entries, then let cache.json name the index and say what is in `description`. Returns how many there
-    are. An entry that two ranks wrote is indexed once.
+    are. An entry that is in several shards (two ranks wrote it, or its file has changed since) is that of the newest.
 
     rejected: keys of what could not be read.
     """
-    names, columns = shard_names(folder), []
-    for number, name in enumerate(names):
-        keys = shard_keys(folder, name).T  # [2, n]
-        columns.append(np.stack([*keys, (number << 32) + np.arange(keys.shape[1])]))
-    failed = np.array([*rejected], dtype=np.int64).reshape(-1, 2).T  # [2, n]
-    columns.append(np.stack([*failed, np.full(failed.shape[1], _REJECTED)]))
-    index = np.concatenate(columns, axis=1)  # [3, N]
-    index = index[:, np.lexsort((-index[2], index[1], index[0]))]
-    first = np.ones(index.shape[1], dtype=bool)
-    first[1:] = (index[:2, 1:] != index[:2, :-1]).any(axis=0)
-    index = np.ascontiguousarray(index[:, first])
-
-    file = f"index-{hashlib.sha256(index).hexdigest()[:16]}.npy"
-    temporary = folder / f".{file}"
-    with open(temporary, "wb") as out:
-        np.save(out, index)
-    _put_in_place(temporary, folder / file)
+    names = shard_names(folder)
+    failed = np.array([(*key, REJECTED, 0) for key in rejected], dtype=np.int64).reshape(-1, 4)
+    draft = folder / ".index.npy"
+    write_index(draft, chain(_rows_of_shards(folder, names), [failed]))
+    file = f"index-{content_hash(draft)[:16]}.npy"
+    put_in_place(draft, folder / file)
     write_description(folder, {**description, "format": FORMAT, "shards": names, "index": file})
-    for other in folder.glob("index-*.npy"):
+    for other in (*folder.glob("index-*.npy"), folder / STORED):
         if other.name != file:
-            other.unlink()
-    return int((index[2] != _REJECTED).sum())
+            other.unlink(missing_ok=True)
+    return int((KeyIndex.load(folder / file).places != REJECTED).sum())
 
 
 class Cache:
@@ -230,33 +213,38 @@ class Cache:
                 f"{setting}: '{folder}' {state}: run `python scripts/cnv/cache.py CONFIG --output {folder.parent}` "
                 "with the settings of this run (it goes on where it stopped)"
             )
-        if description["format"] != FORMAT:
-            raise ValueError(f"{setting}: '{folder}' has format {description['format']}, not {FORMAT}: make it anew")
+        _check_format(folder, description, setting)
         self.description = description
-        highs, lows, self._places = np.load(folder / description["index"], mmap_mode="r")
-        self._index = _KeyIndex(highs, lows)
+        self.index = KeyIndex.load(folder / description["index"])
 
-    def get(self, key: Key) -> dict[str, Tensor] | None:
+    def get(self, key: Key, path: str | None = None) -> dict[str, Tensor] | None:
         """An entry's tensors; None if what it is of could not be read.
 
+        path: of the file that it is of, which may be gone.
+
         Raises:
-            NotCachedError: there is no such entry.
+            NotCachedError: there is no such entry, or the file is not the one that it is of.
         """
-        at = self._index.find(key)
+        at = self.index.find(key)
         if at is None:
             raise NotCachedError(
                 f"{self.setting}='{self.folder.parent}' is stale: it lacks what a row of the table has now (its path, "
                 "size, length, rate or text): run scripts/cnv/cache.py again, which adds what is new"
             )
-        place = int(self._places[at])
-        if place == _REJECTED:
+        if path is not None and has_changed(path, int(self.index.marks[at])):
+            raise NotCachedError(
+                f"{self.setting}='{self.folder.parent}' is stale: '{path}' has changed since it was encoded (size or "
+                "time): run scripts/cnv/cache.py again, which encodes it anew"
+            )
+        place = int(self.index.places[at])
+        if place == REJECTED:
             return None
         shard, names = self._open(place >> 32)
         position = place & (2**32 - 1)
         return {name: shard.get_slice(name)[position] for name in names}
 
     def __contains__(self, key: Key) -> bool:
-        return self._index.find(key) is not None
+        return key in self.index
 
     @cached_property
     def _open(self):

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from opensora.data.cache import Key, entry_key
-from opensora.data.frame_rate import map_target_fps
+from opensora.data.cache import entry_key
+from opensora.data.cache_index import Key, file_mark
+from opensora.data.frame_rate import map_target_fps, sampling_intervals
 from opensora.data.random_draws import Purpose, hash_key, to_uniform
 from opensora.data.records import Table
 from opensora.data.video import window_positions
@@ -39,6 +41,12 @@ class ClipWindows:
     def count(self, row: int, num_frames: int) -> int:
         total, interval = self._file(row)
         return min(self.at_most, window_positions(total, num_frames, interval))
+
+    def count_all(self, rows: NDArray[np.integer], num_frames: int) -> int:
+        """The sum of `count` over rows."""
+        intervals = sampling_intervals(self.table.fps[rows], self.fps_max)
+        positions = np.maximum(0, self.table.num_frames[rows] - num_frames * intervals - 1) + 1  # `window_positions`
+        return int(np.minimum(self.at_most, positions).sum())
 
     def window(self, row: int, size: ClipSize, nth: int) -> Window:
         """One of `count` windows: it begins somewhere in the `nth` part of where windows can begin."""
@@ -69,9 +77,11 @@ class ClipRequest(NamedTuple):
 
 
 class ClipBatch(NamedTuple):
-    """Clips to encode. video: [B, 3, T, H, W], None if none could be read. rejected: (key, path, reason) of others."""
+    """Clips to encode. video: [B, 3, T, H, W], None if none could be read. rejected: (key, path, reason) of others.
+    marks: `file_mark` of each clip's file, as it was before it was read."""
 
     keys: list[Key]
+    marks: list[int]
     video: Tensor | None
     rejected: list[tuple[Key, str, str]]
 
@@ -81,6 +91,7 @@ class ClipSource(Protocol):
 
     table: Table
     read_clip: Callable[..., Tensor]
+    read_timeout: float
 
     def clip(self, row: int, size: ClipSize, u: float) -> Tensor:
         """[3, T, H, W]"""
@@ -101,27 +112,36 @@ class ClipsToCache(Dataset):
     def read_clip(self, read: Callable[..., Tensor]) -> None:
         self.source.read_clip = read
 
+    @property
+    def read_timeout(self) -> float:
+        return self.source.read_timeout
+
     def __getitems__(self, requests: Sequence[ClipRequest]) -> ClipBatch:
-        keys, clips, rejected = [], [], []
+        keys, marks, clips, rejected = [], [], [], []
         for row, size, window in requests:
+            mark = file_mark(self.source.table.path(row))
             try:
                 clips.append(self.source.clip(row, size, window.u))
                 keys.append(window.key)
+                marks.append(mark)
             except Exception as error:  # whatever is wrong with one file must not end the work on a million
                 reason = " ".join(str(error).split()) or type(error).__name__
                 rejected.append((window.key, self.source.table.path(row), reason))
-        return ClipBatch(keys, torch.stack(clips) if clips else None, rejected)
+        return ClipBatch(keys, marks, torch.stack(clips) if clips else None, rejected)
 
 
 def clip_requests(
-    windows: ClipWindows, size: ClipSize, rows: np.ndarray, batch_size: int, is_done: Callable[[Key], bool]
+    windows: ClipWindows, size: ClipSize, rows: np.ndarray, batch_size: int, is_done: Callable[[int, Key], bool]
 ) -> Iterator[list[ClipRequest]]:
-    """Requests for all windows of `rows` in clips of one size, but those that are done, `batch_size` at a time."""
+    """Requests for all windows of `rows` in clips of one size, but those that are done, `batch_size` at a time.
+
+    is_done: told a row and a window's key.
+    """
     batch: list[Any] = []
     for row in rows.tolist():
         for nth in range(windows.count(row, size[0])):
             window = windows.window(row, size, nth)
-            if is_done(window.key):
+            if is_done(row, window.key):
                 continue
             batch.append(ClipRequest(row, size, window))
             if len(batch) == batch_size:

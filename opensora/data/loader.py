@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from opensora.common import rank
 from opensora.data.batch import Batch
 from opensora.data.cache import Cache, NotCachedError, text_key
 from opensora.data.cache_clips import ClipSize, ClipWindows
@@ -44,6 +47,8 @@ class VideoTextDataset(Dataset):
         memory_efficient: read the table's shards, which scripts/cnv/shard.py makes, and not the table.
         resize: "fast" scales while decoding and gives uint8; "exact" gives the pixels of torch's bilinear
             interpolation, as float.
+        read_timeout: seconds that reading one clip may take in a worker process; then the file counts as unreadable and
+            a substitute takes its place. Without workers (num_workers=0) a read that never returns holds up the run.
     """
 
     def __init__(
@@ -54,16 +59,19 @@ class VideoTextDataset(Dataset):
         vmaf: bool = False,
         memory_efficient: bool = False,
         resize: str = "fast",
+        read_timeout: float = 300.0,
     ):
         if transform_name != "resize_crop":
             raise ValueError(f"dataset.transform_name='{transform_name}' is unknown: use 'resize_crop'")
         if resize not in ("fast", "exact"):
             raise ValueError(f"dataset.resize='{resize}' is unknown: use 'fast' or 'exact'")
+        if not read_timeout > 0:
+            raise ValueError(f"dataset.read_timeout={read_timeout} must be more than 0 seconds")
         if not data_path:
             raise ValueError("dataset.data_path is not set: give a table with --dataset.data-path TABLE.csv")
         self.table = Table(data_path, memory_efficient)
         self.fps_max, self.vmaf, self.resize = fps_max, vmaf, resize
-        self.read_clip = read_clip
+        self.read_clip, self.read_timeout = read_clip, read_timeout
         self.use_caches(None, None)
 
     def use_caches(self, video: Cache | None, text: Cache | None) -> None:
@@ -116,7 +124,7 @@ class VideoTextDataset(Dataset):
         size = (request.num_frames, request.height, request.width)
         if self._cached_video is None:
             return {"video": self.clip(row, size, u)}
-        entry = self._cached_video.get(self.windows.draw(row, size, u))
+        entry = self._cached_video.get(self.windows.draw(row, size, u), self.table.path(row))
         if entry is None:
             raise MediaError(self.table.path(row), "could not be read when cached_video was made")
         return entry
@@ -175,16 +183,43 @@ def _unreadable(failures: list[dict[str, Any]]) -> str:
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader of batches that raises the errors it is handed."""
+    """A DataLoader of batches that raises the errors it is handed, and a WorkerDiedError of its own."""
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(_checked, super().__iter__())
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler raises a worker's death in the main thread, wherever that is; it belongs to who reads.
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return self._checked(batches)
+
+    def _checked(self, batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise WorkerDiedError(self._describe_death(batches)) from None
+            if batch is None:
+                return
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+
+    def _describe_death(self, batches: Iterator) -> str:
+        codes = [worker.exitcode for worker in getattr(batches, "_workers", ()) if worker.exitcode]
+        ends = [signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes]
+        how = ", ".join(ends) or "of what is not known"
+        return (
+            f"rank {rank()}: a worker process of the data loader died ({how}), most likely since the host's memory or "
+            f"/dev/shm ran out: lower --num-workers (now {self.num_workers}) or --prefetch-factor (now "
+            f"{self.prefetch_factor}), or give the job more of it"
+        )
 
 
-def _checked(batch: Batch | ValueError) -> Batch:
-    if isinstance(batch, ValueError):
-        raise batch
-    return batch
+class WorkerDiedError(ValueError):
+    """A worker process of a data loader was ended from outside."""
 
 
 def build_loader(
@@ -201,7 +236,7 @@ def build_loader(
         prefetch_factor: micro-batches that each worker reads ahead, 2 by default.
 
     Raises (while iterating):
-        RuntimeError: a worker died.
+        WorkerDiedError: a worker died.
         ValueError: no sample of a batch can be read.
     """
     if num_workers < 0:
@@ -233,6 +268,8 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains: it stops its workers
+    # What is sent to the group of the process that trains is for it alone: it stops its workers. torchrun sends so.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     dataset = get_worker_info().dataset
-    dataset.read_clip = Quarantine(dataset.read_clip)
+    dataset.read_clip = Quarantine(dataset.read_clip, dataset.read_timeout)

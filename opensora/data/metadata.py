@@ -31,6 +31,8 @@ ADDED = pa.schema(
 )
 # Rows of a chunk for each worker: enough that the wait for a chunk's last file does not show.
 ROWS_PER_WORKER = 2048
+# Seconds that a file may take: a header is read in a moment, of an hour in 4K all pictures are decoded in many minutes.
+LONGEST, LONGEST_VERIFY = 300.0, 7200.0
 
 
 class Summary(NamedTuple):
@@ -45,7 +47,9 @@ class Summary(NamedTuple):
         return ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
 
 
-def add_metadata(source: Path, output: Path, num_workers: int | None = None, verify: bool = False) -> Summary:
+def add_metadata(
+    source: Path, output: Path, num_workers: int | None = None, verify: bool = False, longest: float | None = None
+) -> Summary:
     """Write the table `source` to `output` with the columns height, width, fps, num_frames, aspect_ratio (height /
     width) and resolution (height * width) of the file that each row's `path` names.
 
@@ -59,6 +63,7 @@ def add_metadata(source: Path, output: Path, num_workers: int | None = None, ver
         source, output: .csv or .parquet.
         num_workers: processes; None: one for each core, 0: none but this one.
         verify: decode all pictures, to reject files with damaged ones.
+        longest: seconds that a file may take a worker process; None: LONGEST, or with `verify` LONGEST_VERIFY.
 
     Raises:
         FileNotFoundError, TableError: the table cannot be read or written as asked, or no row of it can be used; then
@@ -71,6 +76,10 @@ def add_metadata(source: Path, output: Path, num_workers: int | None = None, ver
         num_workers = len(os.sched_getaffinity(0))
     if num_workers < 0:
         raise TableError(f"num_workers={num_workers} is negative: 0 is this process alone")
+    if longest is None:
+        longest = LONGEST_VERIFY if verify else LONGEST
+    if not longest > 0:
+        raise TableError(f"timeout={longest:g} must be more than 0 seconds")
     reader = open_table(source, parse=suffix == ".parquet", keep_text=("path", "text"))
     if "path" not in reader.schema.names:
         raise TableError(f"table '{source}' has no column 'path': it has {', '.join(reader.schema.names)}")
@@ -86,7 +95,7 @@ def add_metadata(source: Path, output: Path, num_workers: int | None = None, ver
             create_table(draft, _with_facts(reader.schema.empty_table(), []).schema, suffix) as accepted,
             create_table(rejected_draft, _with_reasons(reader.schema.empty_table(), []).schema, ".csv") as rejected,
             ProbeJournal(output.with_name(f".{output.name}.progress"), source, verify) as journal,
-            file_prober(source.parent, num_workers, reader.num_rows, verify) as prober,
+            file_prober(source.parent, num_workers, reader.num_rows, longest, verify) as prober,
         ):
             chunks = reader.chunks(ROWS_PER_WORKER * max(1, num_workers))
             summary = Summary(*_convert(chunks, partial(journal.complete, prober), accepted, rejected), rejected_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -17,19 +16,24 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from opensora.common import die_with_parent
 from opensora.data.media import MediaError, one_line
 from opensora.data.probe import VideoFacts, probe
 
 SECONDS_BETWEEN_LINES = 10
 # Paths handed to a worker at a time: few enough that all end together, enough that none waits for the next.
 BATCH = 32
+# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end.
+_SECONDS_TO_DIE = 5.0
 
 Result = VideoFacts | str
 FileProber = Callable[[Sequence["str | None"]], Iterator[Result]]
 
 
 @contextmanager
-def file_prober(folder: Path, num_workers: int, total: int, verify: bool = False) -> Iterator[FileProber]:
+def file_prober(
+    folder: Path, num_workers: int, total: int, longest: float, verify: bool = False
+) -> Iterator[FileProber]:
     """A function from paths to, in their order and as they come, the facts of each file or one line that says why it
     has none.
 
@@ -37,10 +41,11 @@ def file_prober(folder: Path, num_workers: int, total: int, verify: bool = False
         folder: where relative paths are looked up that are not found from the working directory.
         num_workers: processes; 0: none but this one.
         total: files in all calls together, for the progress.
+        longest: seconds that a file may take a worker; this process waits for ever.
         verify: decode all pictures.
     """
     probe_one, progress = partial(_probe_one, folder=folder, verify=verify), Progress(total)
-    pool = WorkerPool(probe_one, num_workers) if num_workers else None
+    pool = WorkerPool(probe_one, num_workers, longest) if num_workers else None
 
     def probe_all(paths: Sequence[str | None]) -> Iterator[Result]:
         for result in pool.map(paths) if pool else map(probe_one, paths):
@@ -73,11 +78,12 @@ def _locate(path: str, folder: Path) -> str:
 
 class WorkerPool:
     """Processes that apply a function. One that dies (a decoder's crash, the kernel short of memory) is replaced; the
-    item that it was at is tried once more, and then has a line that names the signal for its result.
+    item that it was at is tried once more, and then has a line that names the signal for its result. One that is at an
+    item for longer than `longest` seconds is killed, and the item is not tried again.
     """
 
-    def __init__(self, function: Callable[[str | None], Result], num_workers: int):
-        self.function, self.context = function, get_context("fork")
+    def __init__(self, function: Callable[[str | None], Result], num_workers: int, longest: float):
+        self.function, self.longest, self.context = function, longest, get_context("fork")
         self.workers = [_Worker(self.context, function) for _ in range(num_workers)]
 
     def map(self, items: Sequence[str | None]) -> Iterator[Result]:
@@ -89,29 +95,40 @@ class WorkerPool:
                 if not worker.ahead and waiting:
                     worker.give(waiting.popleft(), items)
             busy = [worker for worker in self.workers if worker.ahead]
-            for pipe in connection.wait([worker.pipe for worker in busy]):
-                worker = next(worker for worker in busy if worker.pipe is pipe)
+            until = min(worker.since for worker in busy) + self.longest
+            answered = connection.wait([worker.pipe for worker in busy], max(0.0, until - time.monotonic()))
+            for worker in busy:
                 try:
-                    results[worker.ahead[0]] = pipe.recv()
-                    worker.ahead.popleft()
+                    if worker.pipe in answered:
+                        number, result = worker.take()
+                        results[number] = result
+                    elif time.monotonic() - worker.since > self.longest:
+                        results[worker.ahead.popleft()] = f"too slow: reading it takes longer than {self.longest:g} s"
+                        worker.process.kill()
+                        self._replace(worker, waiting)
                 except (EOFError, OSError):
-                    self._replace(worker, waiting, results, suspects)
+                    self._retry(worker, waiting, results, suspects)
             while given in results:
                 yield results.pop(given)
                 given += 1
 
-    def _replace(self, dead: _Worker, waiting: deque, results: dict[int, Result], suspects: set[int]) -> None:
-        """Start another in a dead worker's place; what it left, and its item if that is not known to kill, is given
-        out again."""
-        item, end = dead.ahead.popleft(), dead.end()
+    def _retry(self, dead: _Worker, waiting: deque, results: dict[int, Result], suspects: set[int]) -> None:
+        """Replace a dead worker, and give its item out again if that is not known to kill."""
+        item = dead.ahead.popleft()
+        end = self._replace(dead, waiting)
         if item in suspects:
             results[item] = f"unreadable: reading it ends the process ({end})"
         else:
             suspects.add(item)
             waiting.appendleft(range(item, item + 1))
+
+    def _replace(self, dead: _Worker, waiting: deque) -> str:
+        """Start another in a worker's place, give what it had not begun with out again, and say how it ended."""
+        end = dead.end()
         if dead.ahead:
             waiting.append(range(dead.ahead[0], dead.ahead[-1] + 1))
         self.workers[self.workers.index(dead)] = _Worker(self.context, self.function)
+        return end
 
     def close(self) -> None:
         for worker in self.workers:
@@ -120,7 +137,12 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process, the pipe to it, and `ahead`: the numbers of the items that it has been given and not answered."""
+    """A process and the pipe to it.
+
+    Attributes:
+        ahead: the numbers of the items that it has been given and not answered.
+        since: when it began with the first of these.
+    """
 
     def __init__(self, context, function: Callable[[str | None], Result]):
         self.ahead: deque[int] = deque()
@@ -131,33 +153,33 @@ class _Worker:
 
     def give(self, numbers: range, items: Sequence[str | None]) -> None:
         self.ahead.extend(numbers)
+        self.since = time.monotonic()
         with suppress(OSError):  # it has died: reading its answer says so
             self.pipe.send([items[number] for number in numbers])
 
+    def take(self) -> tuple[int, Result]:
+        """The item that it was at, and the function's result. EOFError, OSError: it has died."""
+        result = self.pipe.recv()
+        self.since = time.monotonic()
+        return self.ahead.popleft(), result
+
     def end(self) -> str:
         """Wait for the process's end, and say what it was."""
-        self.process.join()
+        self.process.join(_SECONDS_TO_DIE)
         self.pipe.close()
         code = self.process.exitcode
+        if code is None:
+            return "it does not end"
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
 def _work(pipe: connection.Connection, function: Callable[[str | None], Result], owner: int) -> None:
     """A worker's life. Ctrl-C, which a terminal sends to all processes, is for the owner to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent(owner)
+    die_with_parent(owner)
     while True:
         for item in pipe.recv():
             pipe.send(function(item))
-
-
-def _end_with_parent(owner: int) -> None:
-    """Linux kills this process when its parent ends, whatever ends that."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != owner:
-            os._exit(1)
 
 
 class Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from opensora.data.probe import VideoFacts
 from opensora.data.table_stream import TableError
+from opensora.durable import HeldError, lock
 
 VERSION = 1
 # What a machine that is switched off may lose.
@@ -27,12 +27,10 @@ class ProbeJournal:
     def __init__(self, path: Path, source: Path, verify: bool):
         self.path, self.file = path, path.open("a+b")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self.file)
+        except HeldError:
             self.file.close()
             raise TableError(f"'{path}' is in use: another run writes the same output") from None
-        except OSError:
-            pass  # a file system without locks
         self.replaying, self.flushed = True, time.monotonic()
         facts = source.stat()
         header = [VERSION, str(source.resolve()), facts.st_size, facts.st_mtime_ns, str(Path.cwd()), verify]

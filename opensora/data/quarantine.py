@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import signal
-import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn
@@ -16,19 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.common import die_with_parent
 from opensora.data.media import MediaError, one_line
+
+# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end.
+_SECONDS_TO_DIE = 5.0
 
 
 class Quarantine:
     """Calls `function(path, ...)` -> Tensor in a process that is forked by the first call, and stays.
 
     A file on which the process dies is tried once more (what the kernel ends is not always to blame); if it dies again,
-    the call raises MediaError. The next call starts another process. Not multiprocessing's: workers of a DataLoader may
-    have no children of that kind. Where there is no fork, to be left out.
+    the call raises MediaError; at once if it takes too long, since that has cost time enough. The next call starts
+    another process. Not multiprocessing's: workers of a DataLoader may have no children of that kind. Where there is no
+    fork, to be left out.
+
+    Args:
+        longest: seconds that a call may take; then its process is killed.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.pid = function, 0
+    def __init__(self, function: Callable[..., Tensor], longest: float):
+        self.function, self.longest, self.pid = function, longest, 0
 
     def __call__(self, path: str, *arguments: Any) -> Tensor:
         """Whatever the function returns or raises."""
@@ -38,6 +45,8 @@ class Quarantine:
                 self._start()
             try:
                 self.pipe.send((path, *arguments))
+                if not self.pipe.poll(self.longest):
+                    raise MediaError(path, f"too slow: reading it takes longer than {self.longest:g} s")
                 answer = self.pipe.recv()
                 clip = None if isinstance(answer, Exception) else self._take(*answer)
             except (EOFError, OSError):
@@ -74,11 +83,15 @@ class Quarantine:
 
     def _end(self) -> str:
         """Wait for the process's end, and say what it was."""
-        _, status = os.waitpid(self.pid, 0)
-        self.pid = 0
+        pid, self.pid = self.pid, 0
         self.pipe.close()
         self.memory.close()
-        code = os.waitstatus_to_exitcode(status)
+        until = time.monotonic() + _SECONDS_TO_DIE
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > until:
+                return "it does not end"
+            time.sleep(0.001)
+        code = os.waitstatus_to_exitcode(ended[1])
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
@@ -94,9 +107,7 @@ def _serve(pipe: Connection, memory: Any, function: Callable[..., Tensor], owner
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
         torch.set_num_threads(1)  # threads of the owner's are not in a fork: torch would wait for them for ever
-        if sys.platform == "linux":
-            pr_set_pdeathsig = 1
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        die_with_parent(owner)
         while os.getppid() == owner:
             pipe.send(_answer(memory, function, *pipe.recv()))
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opensora.common import get_logger, rank
-from opensora.data.bucket import REMEDIES, Assignment, BucketTable
+from opensora.data.bucket import REMEDIES, Assignment, Bucket, BucketTable
 from opensora.data.plan import (
     BucketOrder,
     Leftovers,
@@ -164,6 +164,10 @@ class BucketSampler:
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """Rows of each bucket in an epoch: [num_buckets]."""
         return count_rows(self._assign(epoch).ids, len(self.buckets))
+
+    def bucket_of(self, row: int, epoch: int) -> Bucket:
+        """The bucket that a row which is trained on belongs to in an epoch."""
+        return self.buckets.buckets[int(self._assign(epoch).ids[row])]
 
     def dropped(self, epoch: int) -> dict[str, int]:
         """Rows that are in no bucket in an epoch, by reason (a key of `bucket.REMEDIES`)."""

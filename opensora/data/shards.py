@@ -11,15 +11,12 @@ The index is written anew after each shard. An interrupted run goes on after the
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fcntl import LOCK_EX, LOCK_NB, lockf
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,12 @@ import pyarrow.parquet as pa_parquet
 
 from opensora.data.row_files import NUMBER_TYPES, RowWriter, file_sizes
 from opensora.data.table_batches import VideoTable, training_columns
+from opensora.durable import HeldError, hold, put_in_place, write_whole
+from opensora.fingerprint import content_hash, sample_hash
 
 INDEX_FILE, ROW_FOLDER = "index.json", "rows"
 ROWS_PER_SHARD = 250_000
 _FORMAT = "opensora-shards-1"
-# A table is known by its size and this many pieces of it, evenly spread, first and last among them.
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 @dataclass
@@ -42,7 +39,7 @@ class ShardIndex:
     """What is in a folder of shards.
 
     Attributes:
-        source: name, bytes, modified_ns and sample_sha256 of the table that was cut.
+        source: name, bytes, modified_ns and sample_sha256 of the table that was cut; and sha256 when all is done.
         rows: of the whole table.
         shards: file, first_row and rows of each shard.
         finished: how many shards are, from the first one on.
@@ -80,12 +77,7 @@ class ShardIndex:
             return None
 
     def save(self, folder: Path) -> None:
-        draft = folder / f".{INDEX_FILE}.part"
-        with draft.open("w") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(folder / INDEX_FILE)
+        write_whole(folder / INDEX_FILE, lambda file: file.write(json.dumps(asdict(self), indent=1).encode()))
 
     def damage(self, folder: Path) -> str | None:
         """What is missing in `rows/` of the finished shards; None if nothing is."""
@@ -131,7 +123,8 @@ def find_shards(path: Path, needed: bool) -> Path | None:
             f"dataset.memory_efficient=True reads shards, and {name} has none in '{folder}': make them with `{command}`"
         )
     _check_whole(folder, command)
-    if path.exists() and not _is_same_content(_describe(path), index.source):
+    if path.exists() and not _is_same_content(path, index.source):
+        _refuse_other_table(folder, path, index)
         raise ValueError(
             f"{name} has changed since its shards in '{folder}' were made: make them anew with `{command}`"
         )
@@ -169,6 +162,7 @@ def write_shards(
     folder = shard_folder(table)
     _claim(folder)
     with _held(folder):
+        _refuse_other_table(folder, table, ShardIndex.load(folder))
         index = _to_go_on_with(folder, table, num_shards, rows_per_shard)
         if index is None:
             index = _plan(source, num_shards, rows_per_shard)
@@ -223,8 +217,11 @@ def _write(source: VideoTable, folder: Path, index: ShardIndex, progress: Callab
             writer.sync()
             index.finished += 1
             index.string_bytes, index.unusable = writer.string_bytes, dict(unusable)
-            if index.complete and _describe(source.file) != index.source:
-                raise ValueError(f"{source.name} changed while it was read: run the command again")
+            if index.complete:
+                content_sha256 = content_hash(source.file)
+                if _describe(source.file) != index.source:
+                    raise ValueError(f"{source.name} changed while it was read: run the command again")
+                index.source["sha256"] = content_sha256
             index.save(folder)
 
 
@@ -246,9 +243,7 @@ def _parquet_writer(file: Path, schema: pa.Schema) -> Iterator[pa_parquet.Parque
     try:
         with pa_parquet.ParquetWriter(draft, schema) as writer:
             yield writer
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(file)
+        put_in_place(draft, file)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -256,12 +251,27 @@ def _parquet_writer(file: Path, schema: pa.Schema) -> Iterator[pa_parquet.Parque
 def _to_go_on_with(folder: Path, table: Path, num_shards: int | None, rows_per_shard: int | None) -> ShardIndex | None:
     """The index of an earlier run on the same table that wanted the same; None if all is to be done."""
     index = ShardIndex.load(folder)
-    if index is None or index.source != _describe(table) or index.damage(folder):
+    if index is None or not _is_same_content(table, index.source) or index.damage(folder):
         return None
     given = num_shards is not None or rows_per_shard is not None
     if given and _plan_shards(index.rows, num_shards, rows_per_shard) != index.shards:
         return None
-    return index if all((folder / shard["file"]).is_file() for shard in index.shards[: index.finished]) else None
+    if not all((folder / shard["file"]).is_file() for shard in index.shards[: index.finished]):
+        return None
+    described = index.source | _describe(table)
+    if described != index.source:  # a copy, whose content need not be compared again
+        index.source = described
+        index.save(folder)
+    return index
+
+
+def _refuse_other_table(folder: Path, table: Path, index: ShardIndex | None) -> None:
+    """ValueError if the shards are of a table of another name, whose folder this one's would be too."""
+    if index is not None and index.source["name"] != table.name and not _is_same_content(table, index.source):
+        raise ValueError(
+            f"folder '{folder}' holds the shards of '{index.source['name']}', not of '{table.name}': rename one of the "
+            "two tables, or remove the folder"
+        )
 
 
 def _claim(folder: Path) -> None:
@@ -294,31 +304,31 @@ def _numbered(folder: Path) -> list[Path]:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """One run at a time writes to a folder; the lock ends with the process."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            lockf(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"folder '{folder}' is being written by another run of scripts/cnv/shard.py") from None
+    try:
+        held = hold(folder / ".lock")
+    except HeldError as error:
+        raise ValueError(
+            f"folder '{folder}' is being written by another run of scripts/cnv/shard.py ({error.holder})"
+        ) from None
+    with held:
         yield
 
 
 def _describe(table: Path) -> dict[str, Any]:
     """What tells a table from another one, read in a fraction of a second whatever its size."""
     status = table.stat()
-    digest = hashlib.sha256()
-    step = max(_SAMPLE_BYTES, -(-(status.st_size - _SAMPLE_BYTES) // (_SAMPLES - 1)))
-    with table.open("rb") as file:
-        for start in range(0, status.st_size, step):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE_BYTES))
     return {
         "name": table.name,
         "bytes": status.st_size,
         "modified_ns": status.st_mtime_ns,
-        "sample_sha256": digest.hexdigest(),
+        "sample_sha256": sample_hash(table),
     }
 
 
-def _is_same_content(described: dict[str, Any], other: dict[str, Any]) -> bool:
-    """A copy has another time."""
-    return all(described[key] == other[key] for key in ("bytes", "sample_sha256"))
+def _is_same_content(table: Path, source: dict[str, Any]) -> bool:
+    """Whether a table is what `ShardIndex.source` describes. One of another time, which may be a copy, is read whole;
+    it cannot be said of shards that are not all done."""
+    described = _describe(table)
+    if any(described[key] != source[key] for key in ("bytes", "sample_sha256")):
+        return False
+    return described["modified_ns"] == source["modified_ns"] or source.get("sha256") == content_hash(table)

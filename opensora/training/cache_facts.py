@@ -20,13 +20,13 @@ from opensora.data.cache import Cache, Key, text_key
 from opensora.data.loader import VideoTextDataset
 from opensora.data.records import Table
 from opensora.diffusion.conditions import spans_of
+from opensora.fingerprint import sample_hash
 from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS, Registry
 
 VIDEO, TEXT = "video", "text"  # folders of a cache
 # Settings of the encoders that change how fast they are, not what they give.
 _SPEED = ("micro_batch_pixels", "compile", "shardformer")
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt")
-_BLOCK, _BLOCKS = 1 << 16, 64  # bytes and number of the pieces of a large file that are hashed
 _ROWS_TRIED = 256
 _LONGEST_VALUE = 80  # characters of a fact in a message
 
@@ -45,7 +45,7 @@ def open_caches(cfg: Mapping[str, Any]) -> Caches:
 
 
 def check_caches(cfg: Mapping[str, Any], caches: Caches, dataset: VideoTextDataset, buckets: BucketTable) -> None:
-    """ValueError if a cache is stale: it names what changed.
+    """ValueError if a cache is stale: it names what changed. For the seed there is `check_seed`.
 
     Reads parts of the encoders' weights and looks some rows of the table up; each of the others when it is its turn.
     """
@@ -54,12 +54,27 @@ def check_caches(cfg: Mapping[str, Any], caches: Caches, dataset: VideoTextDatas
         if cache is not None:
             _check_made_with(cache, made_with())
             _check_coverage(cache, coverage(cfg, dataset.table))
-    tried = list(_rows_to_try(dataset.table, buckets, cfg["seed"]))
+    seeds = [cache.description["covers"].get("seed", cfg["seed"]) for cache in caches if cache is not None]
+    tried = list(_rows_to_try(dataset.table, buckets, seeds[0])) if seeds else []
     if caches.video is not None:
         keys = ((row, dataset.windows.window(row, size, 0).key) for row, size in tried)
         _check_rows(caches.video, keys, "path, num_frames or fps")
     if caches.text is not None:
         _check_rows(caches.text, ((row, text_key(dataset.caption(row))) for row, _ in tried), "text, fps or score")
+
+
+def check_seed(caches: Caches, seed: int) -> None:
+    """ValueError if buckets are drawn with another seed than those of a cache.
+
+    seed: the sampler's, when it is where the run starts: a checkpoint may have brought its own.
+    """
+    for cache in caches:
+        if cache is not None and (cached := cache.description["covers"].get("seed", seed)) != seed:
+            raise ValueError(
+                f"{_stale(cache)} has the clips that are drawn with seed {cached}, but this run draws with {seed} (of "
+                f"--seed, or of the checkpoint that it goes on from): run scripts/cnv/cache.py with --seed {seed} and "
+                f"--output {cache.folder.parent}: it adds what is new"
+            )
 
 
 def video_facts(cfg: Mapping[str, Any], table: Table) -> Facts:
@@ -124,6 +139,8 @@ def _check_made_with(cache: Cache, needed: Facts) -> None:
 
 def _check_coverage(cache: Cache, needed: Facts) -> None:
     old = dict(cache.description["covers"])
+    if "seed" in needed and "seed" in old:
+        old["seed"] = needed["seed"]
     if "epochs" in needed and old.get("epochs", 0) >= needed["epochs"]:
         old["epochs"] = needed["epochs"]
     require_same(_stale(cache), old, needed, _extend(cache))
@@ -178,12 +195,7 @@ def weights_fingerprint(path: str) -> str:
     files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.suffix in _MODEL_FILES)
     digest = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(place) if place.is_dir() else ''}/{size}".encode())
-        with open(file, "rb") as opened:
-            for start in np.unique(np.linspace(0, max(0, size - _BLOCK), _BLOCKS).astype(np.int64)).tolist():
-                opened.seek(start)
-                digest.update(opened.read(_BLOCK))
+        digest.update(f"{file.relative_to(place) if place.is_dir() else ''}/{sample_hash(file)}".encode())
     return digest.hexdigest()[:16]
 
 

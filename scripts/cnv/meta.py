@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from opensora.data.metadata import add_metadata
+from opensora.data.metadata import LONGEST, LONGEST_VERIFY, add_metadata
 from opensora.data.table_stream import TableError
 
 
@@ -23,13 +23,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--num_workers", "--num-workers", type=int, metavar="N", help="processes; 0: in this one (default: all cores)"
     )
     parser.add_argument("--verify", action="store_true", help="decode all pictures: finds damaged ones, takes long")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help=f"seconds until a file is given up (default: {LONGEST:g}, with --verify {LONGEST_VERIFY:g})",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     try:
-        summary = add_metadata(arguments.input, arguments.output, arguments.num_workers, arguments.verify)
+        summary = add_metadata(
+            arguments.input, arguments.output, arguments.num_workers, arguments.verify, arguments.timeout
+        )
     except (TableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

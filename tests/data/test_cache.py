@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -16,15 +17,16 @@ from opensora.data.cache import (
     Cache,
     NotCachedError,
     ShardWriter,
-    StoredKeys,
     begin,
     complete,
     entry_key,
     lock,
     read_description,
+    stored_keys,
     text_key,
 )
 from opensora.data.cache_clips import ClipWindows, clip_requests
+from opensora.data.cache_index import Key, KeyIndex, KeySet, file_mark, write_index
 from opensora.data.video import window_indices
 
 DESCRIPTION = {"made_with": {"dtype": "torch.bfloat16"}, "covers": {}}
@@ -81,7 +83,7 @@ def test_what_was_not_written_to_the_end_is_not_there(tmp_path):
         Cache(tmp_path, "cached_video")
     begin(tmp_path, {"made_with": {"dtype": "other"}, "covers": {}})  # the first description stays
     assert not stopped.exists() and read_description(tmp_path)["made_with"] == DESCRIPTION["made_with"]
-    stored = StoredKeys(tmp_path)
+    stored = stored_keys(tmp_path)
     assert [entry_key("entry", number) in stored for number in range(7)] == [True] * 5 + [False] * 2
     write(tmp_path, range(5, 7))
     assert complete(tmp_path, DESCRIPTION, []) == 7
@@ -131,7 +133,7 @@ def test_forked_readers_share_a_cache(tmp_path):
 
 
 @given(st.lists(st.text(max_size=40), max_size=20, unique=True))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_texts_have_keys_of_their_own(texts):
     assert len({text_key(text) for text in texts}) == len(texts)
     assert all(text_key(text) != entry_key("clip", text) for text in texts)
@@ -149,7 +151,7 @@ class Files:
 
 
 @given(st.integers(5, 400), st.sampled_from([5, 33]), st.sampled_from([24.0, 48.0, 10.0]), st.integers(1, 6))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_windows_are_distinct_and_spread_over_the_file(total, num_frames, fps, at_most):
     if total < num_frames:
         return
@@ -161,6 +163,15 @@ def test_windows_are_distinct_and_spread_over_the_file(total, num_frames, fps, a
     assert count == min(at_most, len(possible)) and len(set(begins)) == count and set(map(int, begins)) <= possible
     for first, nth in zip(begins, range(count), strict=True):  # one in each part of the file
         assert int(nth / count * len(possible)) <= first <= int((nth + 1) / count * len(possible))
+
+
+def test_windows_are_counted_by_column_as_one_by_one():
+    rng = np.random.default_rng(0)
+    files = Files(rng.integers(1, 300, 500), 24.0)
+    files.fps = rng.choice([24.0, 60.0, 12.5, 47.95, np.nan], 500)
+    for fps_max, at_most in ((24, 3), (None, 1), (12, 50)):
+        windows, rows = ClipWindows(files, fps_max, at_most), np.arange(0, 500, 3, dtype=np.int32)
+        assert windows.count_all(rows, 17) == sum(windows.count(row, 17) for row in rows.tolist())
 
 
 def test_a_sample_draws_every_window_alike():
@@ -201,9 +212,74 @@ def test_one_run_at_a_time_fills_a_cache(tmp_path):
 
 def test_requests_leave_out_what_is_done():
     windows, size = ClipWindows(Files([5, 50, 50, 5]), 24, 3), (5, 64, 64)
-    every = [request for batch in clip_requests(windows, size, np.arange(4), 3, lambda key: False) for request in batch]
+    every = [
+        request for batch in clip_requests(windows, size, np.arange(4), 3, lambda row, key: False) for request in batch
+    ]
     assert [request.row for request in every] == [0, 1, 1, 1, 2, 2, 2, 3]
     done = {request.window.key for request in every[::2]}
-    batches = list(clip_requests(windows, size, np.arange(4), 3, done.__contains__))
+    batches = list(clip_requests(windows, size, np.arange(4), 3, lambda row, key: key in done))
     assert [len(batch) for batch in batches] == [3, 1]
     assert [request for batch in batches for request in batch] == every[1::2]
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-2, 2), st.integers(0, 9)), max_size=60), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_an_index_is_sorted_in_parts_as_a_dictionary_would_have_it(tmp_path_factory, rows, at_once):
+    """Keys all over their range, many of them more than once; sorted a few at a time."""
+    rows = [(high * (2**61) + 5 * high, low, place, place) for high, low, place in rows]
+    expected = {}
+    for high, low, place, _ in rows:
+        expected[high, low] = max(place, expected.get((high, low), 0))
+    file = tmp_path_factory.mktemp("index") / "index.npy"
+    pieces = [np.array(rows[:7], dtype=np.int64).reshape(-1, 4), np.array(rows[7:], dtype=np.int64).reshape(-1, 4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opensora.data.cache_index._SORTED_AT_ONCE", at_once)
+        patch.setattr("opensora.data.cache_index._READ_AT_ONCE", 3)
+        write_index(file, pieces)
+    index = KeyIndex.load(file)
+    assert dict(zip(zip(index.highs.tolist(), index.lows.tolist(), strict=True), index.places, strict=True)) == expected
+    assert list(zip(index.highs.tolist(), index.lows.tolist(), strict=True)) == sorted(expected)
+    assert all(index.mark(Key(*key)) == place for key, place in expected.items())
+    assert Key(1, 99) not in index and os.listdir(file.parent) == ["index.npy"]
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), max_size=6), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_a_set_of_keys_has_what_was_added(batches):
+    ours, theirs = KeySet(), set()
+    for batch in batches:
+        ours.add([Key(number, -number) for number in batch])
+        theirs.update(batch)
+        assert all((Key(number, -number) in ours) == (number in theirs) for number in range(-10, 11))
+
+
+def test_an_entry_is_of_a_file_as_it_was(tmp_path):
+    file, key = tmp_path / "a.mp4", entry_key("entry", 1)
+    file.write_bytes(b"first")
+    begin(tmp_path / "cache", DESCRIPTION)
+    writer = ShardWriter(tmp_path / "cache")
+    writer.add(key, entry(1), file_mark(str(file)))
+    writer.flush()
+    complete(tmp_path / "cache", DESCRIPTION, [])
+    cache = Cache(tmp_path / "cache", "cached_video")
+    assert same(cache.get(key, str(file)), entry(1))
+    assert same(cache.get(key, "s3://videos/a.mp4"), entry(1))  # of those nothing is known
+    file.write_bytes(b"other")  # as long as the first
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(NotCachedError, match=r"cached_video=.*is stale: '.*a.mp4' has changed .*run scripts/cnv/cache"):
+        cache.get(key, str(file))
+
+    begin(tmp_path / "cache", DESCRIPTION)  # it is encoded anew, and the newer entry counts
+    writer.add(key, entry(2), file_mark(str(file)))
+    writer.flush()
+    assert complete(tmp_path / "cache", DESCRIPTION, []) == 1
+    assert same(Cache(tmp_path / "cache", "cached_video").get(key, str(file)), entry(2))
+    file.unlink()
+    assert same(Cache(tmp_path / "cache", "cached_video").get(key, str(file)), entry(2))  # it may be gone
+
+
+def test_a_file_that_broke_is_not_what_it_was(tmp_path):
+    begin(tmp_path, DESCRIPTION)
+    write(tmp_path, [1])
+    assert complete(tmp_path, DESCRIPTION, [entry_key("entry", 1)]) == 0
+    assert Cache(tmp_path, "cached_video").get(entry_key("entry", 1)) is None

@@ -1,8 +1,10 @@
 """Batches from real files: whatever is wrong with some of them, and whoever reads them, batches are as planned."""
 
 import math
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import av
@@ -14,7 +16,7 @@ from PIL import Image
 
 from opensora.data.batch import Batch
 from opensora.data.bucket import BucketTable
-from opensora.data.loader import VideoTextDataset, build_loader
+from opensora.data.loader import VideoTextDataset, WorkerDiedError, build_loader
 from opensora.data.sampler import BucketSampler
 from opensora.data.video import read_clip
 from opensora.registry import DATASETS
@@ -245,3 +247,19 @@ def test_worker_settings_that_cannot_be_used(mixed):
         build_loader(mixed, sampler_of(mixed), -1)
     with pytest.raises(ValueError, match="prefetch_factor=0"):
         build_loader(mixed, sampler_of(mixed), 1, 0)
+
+
+def test_a_worker_that_is_killed_is_named_where_batches_are_read(mixed):
+    """And nowhere else: torch raises it in the main thread, whatever that is doing."""
+    batches = iter(build_loader(mixed, sampler_of(mixed), num_workers=2, prefetch_factor=1))
+    next(batches)
+    victim = next(child for child in multiprocessing.active_children() if child.daemon)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    time.sleep(0.1)  # for torch to raise it here
+    with pytest.raises(WorkerDiedError) as raised:
+        list(batches)
+    assert str(raised.value) == (
+        "rank 0: a worker process of the data loader died (SIGKILL), most likely since the host's memory or "
+        "/dev/shm ran out: lower --num-workers (now 2) or --prefetch-factor (now 1), or give the job more of it"
+    )

@@ -36,8 +36,8 @@ def guard():
     """Makes a Quarantine of a function, and ends its process after the test."""
     made = []
 
-    def make(function):
-        made.append(Quarantine(function))
+    def make(function, longest=60):
+        made.append(Quarantine(function, longest))
         return made[-1]
 
     yield make
@@ -121,7 +121,7 @@ def test_the_process_ends_with_its_owner():
     read_end, write_end = os.pipe()
     owner = os.fork()
     if owner == 0:
-        guarded = Quarantine(lambda path: torch.ones(1))
+        guarded = Quarantine(lambda path: torch.ones(1), 60)
         guarded("a")
         os.write(write_end, str(guarded.pid).encode())
         os._exit(0)
@@ -183,3 +183,32 @@ def test_a_call_that_is_broken_off_leaves_no_answer_behind(guard, video):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert torch.equal(quarantine(video, 0), torch.zeros(2))
+
+
+def test_a_read_that_never_ends_is_given_up(guard, video, tmp_path):
+    """A named pipe that nobody writes to, and a process that is stopped."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    read = guard(read_clip, longest=3)
+    for _ in range(2):
+        begin = time.monotonic()
+        with pytest.raises(MediaError, match=r"pipe.mp4: too slow: reading it takes longer than 3 s$"):
+            read(str(tmp_path / "pipe.mp4"), [0], 16, 16)
+        assert time.monotonic() - begin < 6
+        assert read(video, [0], 16, 16).shape == (3, 1, 16, 16)
+    os.kill(read.pid, signal.SIGSTOP)
+    with pytest.raises(MediaError, match="too slow"):
+        read(video, [0], 16, 16)
+    assert read(video, [0], 16, 16).shape == (3, 1, 16, 16)
+
+
+def test_a_run_goes_on_past_a_file_that_cannot_be_read_to_an_end(deadly_table, tmp_path):
+    (tmp_path / "3.mp4").unlink()
+    os.mkfifo(tmp_path / "3.mp4")
+    place = {"epoch": 0, "update": 0, "micro_step": 0}
+    requests = [[SampleRequest(i, 5, 32, 48, substitutes=(7,), seed=i, **place)] for i in range(2, 5)]
+    dataset = loader.VideoTextDataset(deadly_table, read_timeout=3)
+    batches = list(loader.build_loader(dataset, requests, num_workers=1))
+    assert [batch.index for batch in batches] == [[2], [7], [4]]
+    assert [line["reason"] for line in batches[1].rejected] == ["too slow: reading it takes longer than 3 s"]
+    with pytest.raises(ValueError, match="read_timeout=0 must be"):
+        loader.VideoTextDataset(deadly_table, read_timeout=0)

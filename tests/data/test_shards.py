@@ -23,6 +23,7 @@ from opensora.data.loader import build_loader
 from opensora.data.records import Table
 from opensora.data.sampler import BucketSampler
 from opensora.data.shards import ShardIndex, write_shards
+from opensora.fingerprint import SAMPLE_BYTES, sample_hash
 from opensora.registry import DATASETS
 
 TEXTS = [
@@ -219,6 +220,46 @@ def test_a_table_that_changed(file):
     assert_equal(Table(file, memory_efficient=True), Table(file))
     file.unlink()
     assert len(Table(file, memory_efficient=True)) == 41  # the shards are enough
+
+
+def test_an_edit_anywhere_is_noticed(tmp_path):
+    """Of one byte, in a table of 8 MB of which samples alone would not show it."""
+    data = frame(40).assign(text=[f"{i:05}" * 40_000 for i in range(40)])
+    table = write(data, tmp_path / "t.csv")
+    write_shards(table, num_shards=2)
+    content = bytearray(table.read_bytes())
+    place = next(i for i in range(SAMPLE_BYTES + 10, len(content)) if chr(content[i]) == "0")
+    content[place] = ord("1")
+    before = sample_hash(table)
+    table.write_bytes(content)
+    assert sample_hash(table) == before
+    with pytest.raises(ValueError, match="has changed since its shards"):
+        Table(table, memory_efficient=True)
+    write_shards(table)
+    assert_equal(Table(table, memory_efficient=True), Table(table))
+
+
+def test_a_copy_is_read_whole_once(tmp_path, monkeypatch):
+    table = write(frame(40), tmp_path / "t.csv")
+    write_shards(table, num_shards=2)
+    os.utime(table, ns=(0, 0))
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*.parquet")}
+    assert write_shards(table).source["modified_ns"] == 0
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    monkeypatch.setattr("opensora.data.shards.content_hash", lambda path: pytest.fail("is read whole"))
+    assert len(Table(table, memory_efficient=True)) == 40
+
+
+def test_tables_that_differ_in_their_suffix_do_not_share_a_folder(tmp_path):
+    csv, parquet = write(frame(40), tmp_path / "two.csv"), write(frame(30), tmp_path / "two.parquet")
+    write_shards(csv)
+    for attempt in (lambda: Table(parquet, memory_efficient=True), lambda: write_shards(parquet)):
+        with pytest.raises(ValueError, match=r"two' holds the shards of 'two.csv', not of 'two.parquet': rename one"):
+            attempt()
+    assert_equal(Table(csv, memory_efficient=True), Table(csv))
+    csv.rename(tmp_path / "other.csv")
+    (tmp_path / "two").rename(tmp_path / "other")
+    assert len(Table(tmp_path / "other.csv", memory_efficient=True)) == 40  # under another name, but the same
 
 
 @pytest.mark.parametrize("harm", ["rows/strings.utf8", "rows/height.int32", "rows/ends.int64", "00002.parquet"])

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from safetensors.torch import save_file
 from shapes_world import SMALL_MODEL
 
 from opensora.config import load_config
-from opensora.data.cache import Cache, text_key
+from opensora.data.cache import Cache, shard_keys, text_key
+from opensora.data.cache_index import Key
 from opensora.models.autoencoder import HunyuanVAE
 from opensora.training.cache_settings import CacheSettings, validate_cache
 from opensora.training.settings import check_paths, validate
@@ -224,7 +228,7 @@ def test_an_interrupted_cache_goes_on_and_an_old_one_grows(two_ranks, one_rank, 
     assert one_rank(make_cache, shapes.root, arguments(*output)) == [None]
     assert all(path.stat().st_mtime_ns == written for path, written in shards.items())  # none is made again
     cache = Cache(tmp_path / "cache/video", "cached_video")
-    assert len(cache._index.highs) == len(lines) - 1
+    assert len(cache.index) == len(lines) - 1
     assert text_key("") in Cache(tmp_path / "cache/text", "cached_text")
     assert one_rank(complaint, shapes.root, arguments(*run)) == [""]
     (message,) = one_rank(make_cache, shapes.root, arguments(*output, "--dtype", "bf16"))
@@ -246,6 +250,101 @@ def test_what_cannot_be_read_is_replaced(one_rank, shapes, table, arguments, tmp
     rejected = [json.loads(line) for line in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
     assert {Path(entry["path"]).name for entry in rejected} == {"broken.mp4"}
     assert all("when cached_video was made" in entry["reason"] for entry in rejected)
+
+
+def test_drawn_buckets_are_of_the_seed_that_is_drawn_with(one_rank, shapes, arguments, tmp_path):
+    """That of the checkpoint, where one brings its own."""
+    drawn = ["--bucket-config", "{'64px': {5: (0.5, 3), 9: (0.5, 4), 1: (1.0, 6)}}", "--seed"]
+    cache = ["--output", str(tmp_path / "cache")]
+    assert one_rank(make_cache, shapes.root, arguments(*cache, *drawn, "7")) == [None]
+    common = ["--outputs", str(tmp_path), "--max-steps", "1", "--ckpt-every", "1"]
+    (message,) = one_rank(complaint, shapes.root, arguments(*common, *use(tmp_path / "cache"), *drawn, "8"))
+    assert "is stale" in message and "seed 7" in message and "with --seed 8" in message
+    one_rank(train, shapes.root, arguments(*common, *drawn, "8", "--exp-name", "eight"))
+    one_rank(train, shapes.root, arguments(*common, *drawn, "7", "--exp-name", "seven"))
+    common += ["--max-steps", "2", *use(tmp_path / "cache")]
+    load = lambda name: ["--load", str(tmp_path / name), "--exp-name", name]  # noqa: E731
+    (message,) = one_rank(complaint, shapes.root, arguments(*common, *drawn, "7", *load("eight")))
+    assert "this run draws with 8" in message
+    assert one_rank(complaint, shapes.root, arguments(*common, *drawn, "8", *load("seven"))) == [""]
+
+
+def make_cache_with_a_slow_rank(context, root: Path, arguments: list[str], patience_s: float) -> list[int]:
+    """Make a cache in a group whose collectives give up after `patience_s`, which rank 1 exceeds with its first batch.
+
+    Returns how many captions and clips this rank encoded.
+    """
+    import opensora.training.encode_cache as encode_cache
+
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+    counts = {"build_text_encoders": 0, "build_video_encoder": 0}
+
+    def slow(name):
+        original = getattr(encode_cache, name)
+
+        def build(*arguments):
+            encoders = original(*arguments)
+            entries = encoders.entries
+
+            def slow_entries(inputs, *others):
+                if not counts[name]:
+                    time.sleep(1.4 * patience_s if context.rank == 1 else 1.0)
+                counts[name] += len(inputs)
+                return entries(inputs, *others)
+
+            encoders.entries = slow_entries
+            return encoders
+
+        return original, build
+
+    originals = {}
+    for name in counts:
+        originals[name], replaced = slow(name)
+        setattr(encode_cache, name, replaced)
+    try:
+        assert make_cache(replace(context, host_group=group), root, arguments) is None
+    finally:
+        for name, original in originals.items():
+            setattr(encode_cache, name, original)
+    return list(counts.values())
+
+
+def test_ranks_take_work_as_they_are_done_and_wait_for_the_slow(two_ranks, shapes, arguments, linear_cache, tmp_path):
+    """Longer than collectives wait; and what is encoded is the same, whoever does it."""
+    output = ["--output", str(tmp_path / "cache")]
+    fast, slow = two_ranks(make_cache_with_a_slow_rank, shapes.root, arguments(*output), 5.0)
+    assert fast[1] > slow[1] > 0
+    assert fast[1] + slow[1] == len(Cache(tmp_path / "cache/video", "cached_video").index)
+    for kind in ("video", "text"):
+        ours, theirs = (Cache(folder / kind, kind) for folder in (tmp_path / "cache", linear_cache))
+        assert ours.index.highs.tolist() == theirs.index.highs.tolist()
+        for key in map(Key, ours.index.highs.tolist(), ours.index.lows.tolist()):
+            first, second = ours.get(key), theirs.get(key)
+            assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_a_file_that_was_replaced_is_encoded_anew(one_rank, shapes, table, arguments, tmp_path):
+    """By another of equal length and size: the table still says the truth of it."""
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    path = rows[0].index("path")
+    videos = [row for row in rows[1:] if row[rows[0].index("num_frames")] == "9"]
+    replaced = tmp_path / "replaced.mp4"
+    shutil.copy(shapes.root / videos[0][path], replaced)
+    videos[0][path] = str(replaced)
+    changed = tmp_path / "table.csv"
+    changed.write_text("\n".join(",".join(row) for row in [rows[0], *videos]) + "\n")
+    run = arguments("--dataset.data-path", str(changed), "--bucket-config", "{'64px': {9: (1.0, 4)}}")
+    cache = ["--output", str(tmp_path / "cache"), "--encode-text", "False"]
+    assert one_rank(make_cache, shapes.root, [*run, *cache]) == [None]
+    shards = set((tmp_path / "cache/video/shards").iterdir())
+    os.utime(replaced, ns=(1, 1))
+    use_cache = ["--cached-video", str(tmp_path / "cache"), "--outputs", str(tmp_path), "--max-steps", "20"]
+    (message,) = one_rank(complaint, shapes.root, [*run, *use_cache, "--exp-name", "stale"])
+    assert "replaced.mp4' has changed since it was encoded" in message
+    assert one_rank(make_cache, shapes.root, [*run, *cache]) == [None]
+    (new,) = set((tmp_path / "cache/video/shards").iterdir()) - shards
+    assert len(shard_keys(tmp_path / "cache/video", new.name)) == 1  # it alone
+    assert one_rank(complaint, shapes.root, [*run, *use_cache, "--exp-name", "fresh"]) == [""]
 
 
 @pytest.mark.slow

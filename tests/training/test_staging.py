@@ -1,9 +1,11 @@
 """Batches on their way to the device: all of them, in order, no further ahead than they should be."""
 
 import gc
+import mmap
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -95,6 +97,36 @@ def test_buffers_from_the_start_are_used():
     assert buffers.sizes == [64, 1000]
     buffers.fill(torch.zeros(2000, dtype=torch.uint8))
     assert buffers.sizes == [64, 1000, 2000]
+
+
+@pytest.mark.parametrize(("broken_off", "at_least", "at_most"), [(True, 0, 3), (False, 4, 30)])
+def test_only_a_run_that_comes_to_its_end_waits_for_what_is_read(broken_off, at_least, at_most):
+    def source():
+        for number in range(9):
+            yield make_batch(number)
+            time.sleep(5)
+
+    staged, begin = StagedBatches(source(), CPU), time.monotonic()
+    with suppress(KeyboardInterrupt), staged:
+        next(staged)
+        if broken_off:
+            raise KeyboardInterrupt
+    assert at_least < time.monotonic() - begin < at_most
+
+
+def test_buffers_have_pages_of_their_own():
+    """A page that two buffers shared would be locked twice, which fails, and unlocked by the first that ends."""
+    locked = []
+
+    class Recording(NoStream):
+        def page_lock(self, memory, owner):
+            locked.append((memory.data_ptr(), memory.nbytes))
+
+    buffers = StagingBuffers(Recording(), [1, 0, 100, 4097])
+    for size in (3, 20, 5000):
+        buffers.fill(torch.zeros(size, dtype=torch.uint8))
+    pages = [page for start, length in locked for page in range(start, start + length, mmap.PAGESIZE)]
+    assert len(set(pages)) == len(pages) and all(page % mmap.PAGESIZE == 0 for page in pages)
 
 
 class Refusing(NoStream):
