@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from opensora.models.weight_files import WeightSource, open_averages, save_shard
+from opensora.models.weight_files import WeightSource, open_averages
 from opensora.registry import MODELS
 
 FOLDER = "lora"
@@ -131,15 +131,16 @@ def check_resumable(checkpoint: Path, lora: Mapping[str, Any] | None) -> None:
         )
 
 
-def save_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of a peft model as peft reads them; they are on the disk when this returns."""
+def adapter_files(model: nn.Module) -> dict[str, bytes]:
+    """The adapters of a peft model in files as peft reads them, by name."""
     from peft import get_peft_model_state_dict
 
-    folder.mkdir(parents=True)
-    save_shard(folder / WEIGHTS, get_peft_model_state_dict(model, save_embedding_layers=False))
-    model.peft_config["default"].save_pretrained(folder)
-    with open(folder / CONFIG, "rb") as file:
-        os.fsync(file.fileno())
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model.peft_config["default"].save_pretrained(folder)
+        config = (Path(folder) / CONFIG).read_bytes()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: config}
 
 
 # ------------------------------------------------------------------------------------------------------- merging

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -212,7 +213,14 @@ def _open_shards(index: Path) -> WeightSource:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int = SHARD_BYTES) -> list[tuple[str, list[str]]]:
+class HasSize(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def plan_shards(tensors: Mapping[str, HasSize], max_bytes: int = SHARD_BYTES) -> list[tuple[str, list[str]]]:
     """Which tensors go to which file: (file name, tensor names), in order, each file of at most `max_bytes`.
 
     A tensor that is larger than that has a file of its own.
@@ -244,11 +252,16 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def write_index(folder: Path, tensors: Mapping[str, Tensor], shards: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Write the index of the shards of `plan_shards`: total_size in MB (2**20 bytes), as ColossalAI writes it."""
+def format_index(tensors: Mapping[str, HasSize], shards: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The index of the shards of `plan_shards`: total_size in MB (2**20 bytes), as ColossalAI writes it."""
     total = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
     weight_map = {name: file for file, names in shards for name in names}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+
+
+def write_index(folder: Path, tensors: Mapping[str, HasSize], shards: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Write that index to `folder`; it is on the disk when this returns."""
     with open(folder / INDEX_NAME, "w", encoding="utf-8") as file:
-        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2)
+        file.write(format_index(tensors, shards))
         file.flush()
         os.fsync(file.fileno())

@@ -46,11 +46,10 @@ def stream_safetensors(
         read: gives a tensor by name when its turn comes, in its spec's shape and dtype.
         on_bytes: called with the size of what has been written since the last call.
     """
-    # wide dtypes first: each tensor then begins at a multiple of its element's size, as readers that map files expect
-    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    header, offsets = safetensors_layout(specs, metadata)
     with open(path, "wb") as file:
-        file.write(_header({name: specs[name] for name in names}, metadata))
-        for name in names:
+        file.write(header)
+        for name in offsets:
             tensor = read(name)
             if (tuple(tensor.shape), tensor.dtype) != specs[name]:
                 raise RuntimeError(f"{name} is {list(tensor.shape)} {tensor.dtype}, not {specs[name]}")
@@ -61,13 +60,17 @@ def stream_safetensors(
         os.fsync(file.fileno())
 
 
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def safetensors_layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """(the bytes that a file begins with, the byte at which each tensor begins) in the order of the file."""
+    # wide dtypes first: each tensor then begins at a multiple of its element's size, as readers that map files expect
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, spec in specs.items():
-        end = offset + spec.nbytes
-        header[name] = {"dtype": _NAME_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
-        offset = end
+    offsets, end = {}, 0
+    for name in names:
+        spec = specs[name]
+        offsets[name], end = end, end + spec.nbytes
+        header[name] = {"dtype": _NAME_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [offsets[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    start = len(text).to_bytes(8, "little") + text
+    return start, {name: len(start) + offset for name, offset in offsets.items()}

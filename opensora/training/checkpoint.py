@@ -9,48 +9,80 @@
         ema/                  averaged weights in fp32, torch.distributed.checkpoint (with ema_decay)
         rng/                  generator states of every rank
         sampler.json, running_states.json, config.txt
+        manifest.json         sizes and checksums of all files, and what wrote them
 
-A checkpoint is written under a temporary name, flushed, and renamed last.
+A save copies what this rank writes to host memory, and a thread writes the copy: to a temporary name, flushed, renamed
+last (`background_save`). Only the copy makes training wait, unless the save is waited for. The memory is kept from save
+to save: to touch it for the first time takes longer than the copy.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from opensora.checkpoint_folder import folder_name, list_checkpoints
+from opensora.checkpoint_folder import folder_name
 from opensora.common import get_logger
-from opensora.models.lora import save_adapters
-from opensora.models.weight_files import plan_shards, save_shard, write_index
+from opensora.models.byte_progress import size
+from opensora.models.lora import FOLDER as ADAPTERS
+from opensora.models.lora import adapter_files
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
-from opensora.parallel.shards import LogicalTensor, ParameterShard
+from opensora.parallel.shards import ParameterShard
+from opensora.parallel.snapshot import Piece, SnapshotMemory
+from opensora.training.background_save import BackgroundSave, Files, Publisher, Retention, temporary_folder
 from opensora.training.ema import ExponentialMovingAverage
+from opensora.training.file_writer import choose_writer
 from opensora.training.local_state import FOLDER as LOCAL_STATE
 from opensora.training.local_state import is_local, read_local_state, write_local_state
-from opensora.training.run_folder import TEMPORARY_PREFIX
-from opensora.training.sharded_state import load_tensors, save_tensors, saved_names
+from opensora.training.model_files import ModelFiles
+from opensora.training.sharded_state import ShardFile, Stack, load_tensors, saved_names
 from opensora.training.state import TrainState
+from opensora.training.versions import versions
 
 MASTER = "master"
 
 
 class Checkpointer:
-    """Saves and restores what `engine` and `ema` hold, with the run's position."""
+    """Saves and restores what `engine` and `ema` hold, with the run's position. Every rank makes and calls it.
 
-    def __init__(self, context: ParallelContext, engine: Engine, ema: ExponentialMovingAverage | None):
+    Args:
+        in_background: whether `save` returns as soon as what is saved may change again.
+        retention: which checkpoints of the run stay.
+        layout: how the run is laid out over its ranks, for the manifest.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        engine: Engine,
+        ema: ExponentialMovingAverage | None,
+        in_background: bool = False,
+        retention: Retention | None = None,
+        layout: Mapping[str, Any] | None = None,
+    ):
         self.context, self.engine, self.ema = context, engine, ema
+        self._in_background = in_background
+        self._memory = SnapshotMemory(context.device)
+        self._retention, self._layout = retention or Retention(), layout or {}
+        self._publisher: Publisher | None = None
+        self._saving: BackgroundSave | None = None
+        self._nbytes = 0
 
     def save(self, run_folder: Path, state: TrainState, files: Mapping[str, str], running: Mapping[str, Any]) -> Path:
-        """Write a checkpoint to `run_folder`. Every rank calls it; it returns when the checkpoint is on the disk.
+        """Write a checkpoint to `run_folder`: it is on the disk when this returns, or with `in_background` after a
+        `wait`. There is one at a time: this waits for the last one.
 
         Args:
             files: small text files of the checkpoint by name (the sampler's state, the config), written by rank 0.
@@ -59,20 +91,60 @@ class Checkpointer:
         Raises:
             OSError: on every rank, when any rank fails to write; what was saved before is intact.
         """
+        self.wait()
+        self._publisher = self._publisher or self._make_publisher()
+        began = time.perf_counter()
         final = run_folder / folder_name(state.epoch, state.global_step)
-        temporary = run_folder / (TEMPORARY_PREFIX + final.name)
         try:
-            self._everywhere(lambda: _make_folder(temporary), only_main=True)
-            self._everywhere(lambda: self._write_local(temporary, state, files, running))
-            save_tensors(temporary / "optimizer", self._optimizer_tensors(), self.context.host_group)
-            if self.ema:
-                save_tensors(temporary / "ema", self.ema.tensors(), self.context.host_group)
-            self._everywhere(lambda: _publish(temporary, final), only_main=True)
-        except Exception as error:
-            if self.context.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"saving {final} failed: {error}; the checkpoints before it are intact") from error
+            parts = self._everywhere(lambda: self._collect(state, files, running))
+            self._nbytes = sum(self.context.gather_objects(sum(parts.sizes.values())))
+            self.context.on_main(lambda: _make_room(final, self._nbytes))
+        except (OSError, ValueError) as error:
+            raise self._failed(final, error) from error
+        self._saving = BackgroundSave(self._publisher, final, self._copy(parts))
+        if self._in_background:
+            seconds = time.perf_counter() - began
+            get_logger().info(f"copied {size(self._nbytes)} in {seconds:.2f} s, now being written to {final}")
+        else:
+            self.wait()
         return final
+
+    def check(self) -> None:
+        """After an update: notice the end of a save in the background, on all ranks in the same update.
+
+        Raises:
+            OSError: on every rank, when it failed; what was saved before is intact.
+        """
+        if self._saving is None:
+            return
+        done = torch.tensor(self._saving.done, dtype=torch.int32)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.context.host_group)
+        if done:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way, if there is one.
+
+        Raises:
+            OSError: as `check`.
+        """
+        if self._saving is None:
+            return
+        self._saving.wait()
+        saving, self._saving = self._saving, None
+        if saving.failure is not None:
+            raise self._failed(saving.final, saving.failure)
+        get_logger().info(f"saved {saving.final}: {size(self._nbytes)} written in {saving.seconds:.1f} s")
+
+    def close(self) -> None:
+        """`wait`, at the end of a run that may have failed already; then give the memory back."""
+        try:
+            self.wait()
+            if self._publisher is not None:
+                self._publisher.close()
+        except OSError as error:
+            get_logger().error(str(error))
+        self._memory.release()
 
     def load(self, checkpoint: Path) -> None:
         """Restore masters, moments, averages and generators of this rank. The model's weights, or its adapters, are
@@ -84,7 +156,8 @@ class Checkpointer:
         self._load_optimizer(checkpoint)
         if self.ema:
             if (checkpoint / "ema").is_dir():
-                load_tensors(checkpoint / "ema", self.ema.tensors(), self.context.host_group)
+                averages = {name: (tensor,) for name, tensor in self.ema.tensors().items()}
+                load_tensors(checkpoint / "ema", averages, self.context.host_group)
             else:
                 get_logger().warning(f"{checkpoint} has no ema/: the average starts from its weights")
                 self.ema.reset()
@@ -92,51 +165,68 @@ class Checkpointer:
         if rng.is_file():
             _set_generators(torch.load(rng, weights_only=True))
 
-    def _load_optimizer(self, checkpoint: Path) -> None:
-        folder = checkpoint / "optimizer"
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"--load {checkpoint}: it has no optimizer/, so it cannot be resumed; "
-                f"start from its weights with --model.from_pretrained {checkpoint}"
-            )
-        self._check_optimizer(checkpoint)
-        local = read_local_state(checkpoint, self.context)
-        saved = saved_names(folder)
-        kinds = {key.split(".", 1)[0] for key in saved} - {MASTER}
-        steps = json.loads((checkpoint / "optimizer_steps.json").read_text())
-        for shard, state in self._optimizer_states():
-            self.engine.make_optimizer_state(shard)
-            if shard.name in local:
-                self.engine.restore_optimizer_state(shard, local[shard.name])
-                continue
-            for kind in kinds:
-                if f"{kind}.{shard.name}" in saved and kind not in state:
-                    state[kind] = torch.zeros_like(shard.master)
-            for kind, values in steps.items():
-                if shard.name in values:
-                    value = values[shard.name]  # torch counts steps in tensors, bitsandbytes in integers
-                    state[kind] = value if isinstance(value, int) else torch.tensor(value, device=shard.master.device)
-        load_tensors(folder, self._optimizer_tensors(), self.context.host_group)
+    # ------------------------------------------------------------------------------------------------- saving
 
-    def _check_optimizer(self, checkpoint: Path) -> None:
-        saved = read_running_states(checkpoint).get("optimizer")
-        if saved not in (None, self.engine.optimizer_name):
-            raise ValueError(
-                f"--load {checkpoint}: its optimizer is {saved}, not {self.engine.optimizer_name}: set --optim.cls "
-                f"{saved}, or start from its weights with --model.from_pretrained {checkpoint}"
-            )
+    def _make_publisher(self) -> Publisher:
+        context = self.context
+        facts = {"versions": versions() if context.is_main else {}}
+        facts["layout"] = {"world_size": context.world_size, **self._layout}
+        group = dist.new_group(backend="gloo", timeout=context.timeout)
+        return Publisher(group, choose_writer(self._in_background), self._retention, facts)
+
+    def _collect(self, state: TrainState, files: Mapping[str, str], running: Mapping) -> _Parts:
+        """What this rank writes."""
+        self.engine.wait_for_weights()
+        parts, rank = _Parts(), self.context.rank
+        if not self.engine.trains_adapters:
+            model = ModelFiles(self.engine)
+            parts.add(model.sizes, model.pieces())
+        elif self.context.is_main:
+            for name, content in adapter_files(self.engine.module).items():
+                parts.add_bytes(f"{ADAPTERS}/{name}", content)
+        parts.add_tensors("optimizer", self._optimizer_tensors(), rank)
+        if self.ema:
+            averages = self.ema.tensors()
+            owned = [shard.name for shard in self.engine.shards() if shard.owned]
+            parts.add_tensors("ema", {name: (averages[name],) for name in owned}, rank)
+        parts.add_bytes(f"rng/rank{rank}.pt", _bytes(lambda file: torch.save(_generators(), file)))
+        local = {shard.name: held for shard, held in self._optimizer_states() if is_local(shard, held)}
+        if local:
+            parts.add_bytes(f"{LOCAL_STATE}/rank{rank}.pt", _bytes(lambda file: write_local_state(local, file)))
+        if self.context.is_main:
+            for name, text in {**files, **self._numbers(state, running)}.items():
+                parts.add_bytes(name, text.encode())
+        return parts
+
+    def _numbers(self, state: TrainState, running: Mapping) -> dict[str, str]:
+        position = {"epoch": state.epoch, "global_step": state.global_step, "actual_update_step": state.global_step}
+        numbers = {**position, "samples": state.samples, "optimizer": self.engine.optimizer_name, **running}
+        return {
+            "optimizer_steps.json": json.dumps(self._optimizer_steps()),
+            "running_states.json": json.dumps(numbers, indent=1),
+        }
+
+    def _copy(self, parts: _Parts) -> Files | str:
+        """The files in host memory, or why there are none: the other ranks, which write theirs, are told so."""
+        try:
+            return Files(self._memory.take(parts.sizes, parts.pieces), parts.entries)
+        except (MemoryError, RuntimeError) as error:
+            return f"rank {self.context.rank}: {error}"
 
     def _optimizer_states(self) -> list[tuple[ParameterShard, dict[str, Any]]]:
         return [(shard, self.engine.optimizer_state(shard)) for shard in self.engine.shards()]
 
-    def _optimizer_tensors(self) -> dict[str, LogicalTensor]:
-        """Masters and moments as "kind.parameter name"."""
+    def _optimizer_tensors(self) -> dict[str, Stack]:
+        """Masters and moments that this rank writes, as "master+exp_avg+exp_avg_sq.parameter name"."""
         tensors = {}
         for shard, state in self._optimizer_states():
-            tensors[f"{MASTER}.{shard.name}"] = shard.as_logical(shard.master)
+            if not shard.owned:
+                continue
+            kinds = {MASTER: shard.master}
             for kind, value in {} if is_local(shard, state) else state.items():
                 if torch.is_tensor(value) and value.shape == shard.master.shape:
-                    tensors[f"{kind}.{shard.name}"] = shard.as_logical(value)
+                    kinds[kind] = value
+            tensors[f"{'+'.join(kinds)}.{shard.name}"] = [shard.as_logical(value) for value in kinds.values()]
         return tensors
 
     def _optimizer_steps(self) -> dict[str, dict[str, float]]:
@@ -147,53 +237,83 @@ class Checkpointer:
                     steps.setdefault(kind, {})[shard.name] = value if isinstance(value, int) else float(value)
         return steps
 
-    def _write_local(self, folder: Path, state: TrainState, files: Mapping[str, str], running: Mapping) -> None:
-        """What this rank writes without the others: its share of the model's shards, its generators."""
-        self.engine.wait_for_weights()
-        if not self.engine.trains_adapters:
-            self._write_model(folder / "model")
-        elif self.context.is_main:
-            save_adapters(self.engine.module, folder / "lora")
-        _write_synced(folder / "rng" / f"rank{self.context.rank}.pt", lambda f: torch.save(_generators(), f))
-        local = {shard.name: held for shard, held in self._optimizer_states() if is_local(shard, held)}
-        if local:
-            (folder / LOCAL_STATE).mkdir(exist_ok=True)
-            _write_synced(folder / LOCAL_STATE / f"rank{self.context.rank}.pt", lambda f: write_local_state(local, f))
-        if not self.context.is_main:
-            return
-        position = {"epoch": state.epoch, "global_step": state.global_step, "actual_update_step": state.global_step}
-        texts = {
-            **files,
-            "optimizer_steps.json": json.dumps(self._optimizer_steps()),
-            "running_states.json": json.dumps(
-                {**position, "samples": state.samples, "optimizer": self.engine.optimizer_name, **running}, indent=1
-            ),
-        }
-        for name, text in texts.items():
-            _write_synced(folder / name, lambda f, text=text: f.write(text.encode()))
-
-    def _write_model(self, folder: Path) -> None:
-        """This rank's share of the model's shards; rank 0 writes the index."""
-        weights = {name: parameter.detach() for name, parameter in self.engine.module.state_dict().items()}
-        shards = plan_shards(weights)
-        folder.mkdir(exist_ok=True)
-        for index in range(self.context.rank, len(shards), self.context.world_size):
-            name, keys = shards[index]
-            save_shard(folder / name, {key: weights[key] for key in keys})
-        if self.context.is_main:
-            write_index(folder, weights, shards)
-
-    def _everywhere(self, work: Callable[[], None], only_main: bool = False) -> None:
-        """Run `work` on all ranks (or rank 0); raise on all of them if it failed on any."""
-        failure = None
-        if self.context.is_main or not only_main:
-            try:
-                work()
-            except Exception as error:
-                failure = f"rank {self.context.rank}: {error}"
+    def _everywhere(self, work: Callable[[], _Parts]) -> _Parts:
+        """Run `work` on all ranks; raise on all of them if it failed on any."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = f"rank {self.context.rank}: {error}"
         failures = [f for f in self.context.gather_objects(failure) if f]
         if failures:
             raise OSError(failures[0])
+        return result
+
+    def _failed(self, final: Path, why: object) -> OSError:
+        return OSError(f"saving {final} failed: {why}; the checkpoints before it are intact")
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        folder = checkpoint / "optimizer"
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"--load {checkpoint}: it has no optimizer/, so it cannot be resumed; "
+                f"start from its weights with --model.from_pretrained {checkpoint}"
+            )
+        self._check_optimizer(checkpoint)
+        local = read_local_state(checkpoint, self.context)
+        steps = json.loads((checkpoint / "optimizer_steps.json").read_text())
+        keys = _keys_by_parameter(folder)
+        tensors: dict[str, Stack] = {}
+        for shard, state in self._optimizer_states():
+            self.engine.make_optimizer_state(shard)
+            if shard.name in local:
+                self.engine.restore_optimizer_state(shard, local[shard.name])
+            else:
+                _set_numbers(state, shard, steps)
+            for key in keys.get(shard.name, [f"{MASTER}.{shard.name}"]):
+                tensors[key] = [shard.as_logical(_place(kind, shard, state)) for kind in _kinds(key)]
+        load_tensors(folder, tensors, self.context.host_group)
+
+    def _check_optimizer(self, checkpoint: Path) -> None:
+        saved = read_running_states(checkpoint).get("optimizer")
+        if saved not in (None, self.engine.optimizer_name):
+            raise ValueError(
+                f"--load {checkpoint}: its optimizer is {saved}, not {self.engine.optimizer_name}: set --optim.cls "
+                f"{saved}, or start from its weights with --model.from_pretrained {checkpoint}"
+            )
+
+
+class _Parts:
+    """Files and what they are put together from.
+
+    Attributes:
+        sizes: in bytes, by name. entries: of the indexes of sharded folders.
+    """
+
+    def __init__(self):
+        self.sizes: dict[str, int] = {}
+        self.entries: dict[str, list] = {}
+        self._pieces: list[Iterator[Piece]] = []
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        return chain.from_iterable(self._pieces)
+
+    def add(self, sizes: Mapping[str, int], pieces: Iterator[Piece]) -> None:
+        self.sizes |= sizes
+        self._pieces.append(pieces)
+
+    def add_bytes(self, name: str, content: bytes) -> None:
+        self.add({name: len(content)}, iter([Piece(name, 0, content)]))
+
+    def add_tensors(self, folder: str, tensors: Mapping[str, Stack], rank: int) -> None:
+        file = ShardFile(tensors, rank)
+        self.entries[folder] = file.entries
+        if file.nbytes:
+            name = f"{folder}/{file.name}"
+            self.add({name: file.nbytes}, file.pieces(name))
 
 
 def read_running_states(checkpoint: Path) -> dict[str, Any]:
@@ -203,49 +323,53 @@ def read_running_states(checkpoint: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def prune(run_folder: Path, keep_n_latest: int | None) -> None:
-    """Remove all but the newest checkpoints of a run; renamed first, so that none is ever half there."""
-    if not keep_n_latest or keep_n_latest < 1:
-        return
-    for old in list_checkpoints(run_folder)[:-keep_n_latest]:
-        doomed = old.with_name(TEMPORARY_PREFIX + "old-" + old.name)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _make_folder(folder: Path) -> None:
+def _make_room(final: Path, nbytes: int) -> None:
+    """A new folder to write to; OSError if its disk has no room for `nbytes`."""
+    folder = temporary_folder(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-    (folder / "rng").mkdir(parents=True)
+    free = shutil.disk_usage(final.parent).free
+    if nbytes > free:
+        raise OSError(
+            f"it needs {size(nbytes)}, and the disk of {final.parent} has {size(free)} free: make room, set a lower "
+            "--keep-n-latest, or --outputs to a folder on another disk"
+        )
+    folder.mkdir()
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    """Give a written checkpoint its final name, on the disk before this returns."""
-    for folder, _, _ in os.walk(temporary):
-        _sync_folder(Path(folder))
-    if final.exists():  # the same step saved again, after a resume
-        doomed = final.with_name(TEMPORARY_PREFIX + "old-" + final.name)
-        final.rename(doomed)
-        temporary.rename(final)
-        shutil.rmtree(doomed)
-    else:
-        temporary.rename(final)
-    _sync_folder(final.parent)
+def _keys_by_parameter(folder: Path) -> dict[str, list[str]]:
+    """The keys of optimizer/ by the parameter that they are of."""
+    keys: dict[str, list[str]] = {}
+    for key in sorted(saved_names(folder)):
+        keys.setdefault(key.split(".", 1)[1], []).append(key)
+    return keys
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _kinds(key: str) -> list[str]:
+    return key.split(".", 1)[0].split("+")
 
 
-def _write_synced(path: Path, write: Callable) -> None:
-    with open(path, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+def _place(kind: str, shard: ParameterShard, state: dict[str, Any]) -> torch.Tensor:
+    """Where a saved master or moment of a shard goes; torch's optimizers make their moments in the first step."""
+    if kind == MASTER:
+        return shard.master
+    if kind not in state:
+        state[kind] = torch.zeros_like(shard.master)
+    return state[kind]
+
+
+def _set_numbers(state: dict[str, Any], shard: ParameterShard, steps: Mapping[str, Mapping[str, float]]) -> None:
+    for kind, values in steps.items():
+        if shard.name in values:
+            value = values[shard.name]  # torch counts steps in tensors, bitsandbytes in integers
+            state[kind] = value if isinstance(value, int) else torch.tensor(value, device=shard.master.device)
+
+
+def _bytes(write: Callable[[io.BytesIO], Any]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
 
 
 def _generators() -> dict[str, Any]:

@@ -32,3 +32,7 @@ class ExponentialMovingAverage:
         return {
             shard.name: shard.as_logical(average) for shard, average in zip(self._shards, self._averages, strict=True)
         }
+
+    def flats(self) -> list[tuple[ParameterShard, torch.Tensor]]:
+        """This rank's shards, each with its average laid out as the master is."""
+        return list(zip(self._shards, self._averages, strict=True))

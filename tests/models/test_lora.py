@@ -7,8 +7,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from opensora.models.lora import Adapters, check_resumable, check_targets, find_adapters, plain_name, save_adapters
+from opensora.models.lora import Adapters, adapter_files, check_resumable, check_targets, find_adapters, plain_name
 from opensora.models.weight_files import open_weights, save_shard
+
+
+def save_adapters(model, folder):
+    folder.mkdir(parents=True)
+    for name, content in adapter_files(model).items():
+        (folder / name).write_bytes(content)
 
 
 @pytest.fixture
