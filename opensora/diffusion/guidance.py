@@ -40,22 +40,25 @@ def temporal_scale(scale: float, step: int, num_steps: int, num_frames: int) -> 
     return torch.linspace(1.0, last, num_frames)
 
 
-def needed_branches(text_scale: float, image_scale: float, has_reference: bool) -> tuple[Branch, ...]:
-    """The branches whose velocities have a weight other than 0 in the result, `FULL` first.
+def needed_branches(
+    text_scale: float, image_scale: float, has_reference: bool, same_text: bool = False
+) -> tuple[Branch, ...]:
+    """The branches to compute, `FULL` first: the result needs no other, or it equals one of them.
 
-    Without a reference NO_TEXT and NEITHER are the same computation; NEITHER is left out. `image_scale` is the
-    scalar before `temporal_scale` (which keeps 1 at 1).
+    Without a reference NO_TEXT and NEITHER are the same computation; NEITHER is left out. With the prompt as negative
+    prompt (`same_text`) FULL and NO_TEXT are; NO_TEXT is left out. `image_scale` is the scalar before `temporal_scale`
+    (which keeps 1 at 1).
     """
     if not has_reference or image_scale == 1.0:
-        return (FULL,) if text_scale == 1.0 else (FULL, NO_TEXT)
-    return (FULL, NO_TEXT, NEITHER)
+        return (FULL,) if same_text or text_scale == 1.0 else (FULL, NO_TEXT)
+    return (FULL, NEITHER) if same_text else (FULL, NO_TEXT, NEITHER)
 
 
 def combine(velocities: dict[Branch, Tensor], text_scale: float, image_scale: float | Tensor) -> Tensor:
     """The guided velocity from those of `needed_branches`. All [B, ...]; a Tensor scale broadcasts against them."""
     full = velocities[FULL]
-    if NO_TEXT not in velocities:
+    if len(velocities) == 1:
         return full
-    no_text = velocities[NO_TEXT]
+    no_text = velocities.get(NO_TEXT, full)
     neither = velocities.get(NEITHER, no_text)
     return neither + image_scale * (no_text - neither) + text_scale * (full - no_text)

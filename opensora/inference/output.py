@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 
@@ -30,20 +31,32 @@ def sample_suffix(num_frames: int) -> str:
     return ".png" if num_frames == 1 else ".mp4"
 
 
-def save_sample(path: Path, frames: Tensor, fps: float, crf: int, prompt: str) -> None:
+def save_sample(
+    path: Path, frames: Tensor, fps: float, crf: int, prompt: str, tags: Mapping[str, str] | None = None
+) -> None:
     """Write frames (uint8 [T, H, W, 3]) to `path`, png or mp4 by its name, and the prompt to the `.txt` beside it.
 
     The sample comes last, under its final name only when it is complete: where it exists, all of it does.
+
+    tags: kept in the file: text chunks of a png by any name; of an mp4 "title" and "comment" among others.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path.with_suffix(".txt"), lambda temporary: temporary.write_text(prompt + "\n", encoding="utf-8"))
+    write_whole(path.with_suffix(".txt"), lambda temporary: temporary.write_text(prompt + "\n", encoding="utf-8"))
     if path.suffix == ".png":
-        _write_whole(path, lambda temporary: Image.fromarray(frames[0].numpy()).save(temporary, format="PNG"))
+        write_png(path, frames[0], tags)
     else:
-        _write_whole(path, lambda temporary: write_mp4(temporary, frames, fps, crf))
+        write_whole(path, lambda temporary: write_mp4(temporary, frames, fps, crf, tags))
 
 
-def write_mp4(path: Path, frames: Tensor, fps: float, crf: int) -> None:
+def write_png(path: Path, image: Tensor, tags: Mapping[str, str] | None = None) -> None:
+    """An image uint8 [H, W, 3], with `tags` as text chunks; the file appears when it is complete."""
+    chunks = PngInfo()
+    for name, text in (tags or {}).items():
+        chunks.add_itxt(name, text)  # in UTF-8
+    picture = Image.fromarray(image.numpy())
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=chunks))
+
+
+def write_mp4(path: Path, frames: Tensor, fps: float, crf: int, tags: Mapping[str, str] | None = None) -> None:
     """H.264 in yuv420p, which every player takes, at exactly `fps` frames a second.
 
     frames: uint8 [T, H, W, 3]. yuv420p needs even sizes: an odd last row or column is repeated.
@@ -51,6 +64,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float, crf: int) -> None:
     pixels = frames.numpy()
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata.update(tags or {})
         stream = container.add_stream("libx264", rate=Fraction(str(fps)), options={"crf": str(crf)})
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -62,8 +76,9 @@ def write_mp4(path: Path, frames: Tensor, fps: float, crf: int) -> None:
         container.mux(stream.encode(None))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file of the same folder, then give it its name."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file of the same folder, which is made if need be, then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

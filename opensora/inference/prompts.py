@@ -20,6 +20,7 @@ class Prompt:
         text, negative: as the user wrote them.
         references: paths of images or videos, in order of time.
         name: the stem of its files.
+        refined: the text as a language model rewrote it. motion: its motion score, where that is the prompt's own.
     """
 
     index: int
@@ -27,6 +28,13 @@ class Prompt:
     negative: str
     references: tuple[str, ...]
     name: str
+    refined: str | None = None
+    motion: str | None = None
+
+    @property
+    def description(self) -> str:
+        """What is drawn."""
+        return self.text if self.refined is None else self.refined
 
     def file_stem(self, sample: int, num_sample: int) -> str:
         """`name`, with the sample's number where a prompt has several."""
@@ -39,6 +47,9 @@ def prompts_from_texts(texts: str | Sequence[str], refs: str | Sequence[str] | N
     refs: "first.png;last.png" for all prompts, or a list with one such entry a prompt.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"prompt {i} (from 0) of {len(texts)} is empty: say what to show")
     refs = [refs] * len(texts) if refs is None or isinstance(refs, str) else list(refs)
     if len(refs) != len(texts):
         raise ValueError(f"ref has {len(refs)} entries for {len(texts)} prompts: give one for all, or one each")
@@ -74,7 +85,8 @@ class PromptFile:
         from the working directory, then beside the file.
 
         Raises:
-            ValueError: no column text, not UTF-8, a name twice or one that is no file name.
+            ValueError: no column text, a row without one or with more fields than columns, not UTF-8, a name twice or
+                one that is no file name.
         """
         if ref is not None and not isinstance(ref, str):
             raise ValueError(f"ref has {len(ref)} entries: for prompts of a file, give one for all or a column 'ref'")
@@ -83,7 +95,7 @@ class PromptFile:
         for i, row in enumerate(rows):
             references = (_beside(self.path, part) for part in split_references(row.get("ref") or ref))
             name = row.get("name") or f"{self.path.stem}_{i:04d}"
-            prompts.append(Prompt(i, row["text"] or "", row.get("neg") or negative, tuple(references), name))
+            prompts.append(Prompt(i, row["text"], row.get("neg") or negative, tuple(references), name))
         _check_names(self.path, prompts)
         return prompts
 
@@ -113,9 +125,18 @@ def _csv_rows(path: Path) -> Iterable[dict[str, str]]:
             if "text" not in (reader.fieldnames or ()):
                 found = ", ".join(reader.fieldnames or ()) or "none"
                 raise ValueError(f"dataset.data_path={path}: it needs a column 'text' (columns found: {found})")
-            return list(reader)
+            rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"dataset.data_path={path}: not a csv file in UTF-8 ({error})") from error
+    for i, row in enumerate(rows):
+        if None in row:  # where csv puts the fields that no column is named for
+            raise ValueError(
+                f"dataset.data_path={path}: row {i} (from 0) has more fields than the header: put texts that have "
+                'commas in double quotes ("raining, sea")'
+            )
+        if not (row["text"] or "").strip():
+            raise ValueError(f"dataset.data_path={path}: row {i} (from 0) has no text: fill it in, or take the row out")
+    return rows
 
 
 def _txt_rows(path: Path) -> Iterable[dict[str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from opensora.data.video import read_clip
 from opensora.diffusion.conditions import Span, condition_spans, fits
 from opensora.inference.prompts import Prompt
 from opensora.inference.size import SampleSize
+
+
+def condition_type(cfg: Mapping[str, Any]) -> str:
+    """The config's `cond_type`; with use_t2i2v a video starts from its image if nothing else is said."""
+    return "i2v_head" if cfg["use_t2i2v"] and cfg["cond_type"] == "t2v" else cfg["cond_type"]
 
 
 def span_source(references: Sequence[str], span: Span) -> str:
@@ -34,11 +40,11 @@ def read_span(references: Sequence[str], span: Span, size: SampleSize) -> Tensor
 
 
 def check_references(
-    prompts: Sequence[Prompt], cond_type: str, cond_embed: bool, causal: bool, size: SampleSize
+    prompts: Sequence[Prompt], cond_type: str, cond_embed: bool, causal: bool, size: SampleSize, drawn: bool = False
 ) -> None:
-    """Whether `cond_type` can be given to every prompt; opens each file's header once.
+    """Whether `cond_type` can be given to every prompt; reads what it takes of each file once.
 
-    Prompts without a reference are sampled from text alone, which is said.
+    Prompts without a reference are sampled from text alone, which is said, or with `drawn` from an image to be drawn.
 
     Raises:
         ValueError, FileNotFoundError: references without a use, or none at all; a clip too short for the condition, a
@@ -56,19 +62,21 @@ def check_references(
             "or sample with --cond_type t2v"
         )
     without = sum(not prompt.references for prompt in prompts)
-    if without == len(prompts):
+    if without == len(prompts) and not drawn:
         raise ValueError(f"cond_type='{cond_type}' needs a reference: --ref first.png, or a column 'ref'")
-    if without:
+    if without and not drawn:
         get_logger().warning(f"{without} of {len(prompts)} prompts have no reference: sampled as t2v")
-    needed: dict[str, int] = {}
-    for prompt in prompts:
-        for span in spans if prompt.references else ():
-            path = span_source(prompt.references, span)
-            needed[path] = max(needed.get(path, 0), span.frames)
-    for path, num_frames in needed.items():
-        try:
-            found = probe(path).num_frames
-        except ValueError as error:
-            raise ValueError(f"ref {error}") from error
-        if found < num_frames:
-            raise ValueError(f"ref '{path}' has {found} frames, cond_type='{cond_type}' takes {num_frames} of it")
+    given = [prompt.references for prompt in prompts if prompt.references]
+    for path, span in dict.fromkeys((span_source(references, span), span) for references in given for span in spans):
+        _check_source(path, span, cond_type, size)
+
+
+def _check_source(path: str, span: Span, cond_type: str, size: SampleSize) -> None:
+    try:
+        found = probe(path).num_frames
+        if found >= span.frames:
+            read_span((path,), span, size)
+    except ValueError as error:
+        raise ValueError(f"ref {error}") from error
+    if found < span.frames:
+        raise ValueError(f"ref '{path}' has {found} frames, cond_type='{cond_type}' takes {span.frames} of it")

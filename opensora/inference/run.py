@@ -1,174 +1,153 @@
-"""A prompt list, sampled: what is to do, which rank does what, in which batches, into which files."""
+"""A prompt list, sampled: which rank does what, phase by phase, into which files."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
-from opensora.checkpoint_folder import resolve_checkpoint
-from opensora.common import get_logger
-from opensora.diffusion.random import derive_seed
-from opensora.inference.output import output_folder, sample_suffix, save_sample
-from opensora.inference.pipeline import Pipeline, Request
-from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
-from opensora.inference.references import check_references
-from opensora.inference.size import Compression, SampleSize
-from opensora.models.sources import download, find_weights, open_model
-from opensora.models.text import cut_summary
-from opensora.registry import AUTOENCODERS, DATASETS
+from opensora.common import get_logger, to_torch_dtype
+from opensora.inference.contact_sheet import Entry, write_contact_sheet
+from opensora.inference.division import Division
+from opensora.inference.image_first import image_path, image_pipeline
+from opensora.inference.metadata import has_tags
+from opensora.inference.output import save_sample, write_png
+from opensora.inference.phases import PhaseMeter, save_report
+from opensora.inference.pipeline import Pipeline, Request, TextEncoder
+from opensora.inference.plan import Job, Plan, make_plan, tags_of, to_image_request, to_request
+from opensora.inference.text_phase import embed_texts
+from opensora.models.sources import download
+from opensora.settings import get, parallel_sizes
 
-
-@dataclass(frozen=True)
-class Job:
-    """The `sample`-th sample of a prompt, and the file it goes to."""
-
-    prompt: Prompt
-    sample: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is to do, checked: nothing in it depends on the rank.
-
-    Attributes:
-        weights: the file or checkpoint that `model.from_pretrained` means, if it is set.
-        lora: the adapters to merge into them, if there are.
-    """
-
-    size: SampleSize
-    jobs: list[Job]
-    weights: Path | None
-    lora: Path | None
-
-
-def make_plan(cfg) -> Plan:
-    """The samples that `cfg` asks for and that are not there yet. Looks for the weights, but does not read them.
-
-    Raises:
-        ValueError, FileNotFoundError: no prompt, an unknown size, references or weights that are absent or do not fit.
-    """
-    compression = Compression.of(AUTOENCODERS.get(cfg.ae.type))
-    size = SampleSize.from_config(cfg.sampling_option, compression, cfg.model.get("patch_size", 2))
-    prompts = read_prompts(cfg)
-    if cfg.cond_type == "t2v" and cfg.ref:
-        raise ValueError(f"ref='{cfg.ref}' has no use with cond_type='t2v': add --cond_type i2v_head, or leave it out")
-    check_references(prompts, cfg.cond_type, cfg.model.get("cond_embed", False), compression.causal, size)
-    folder = output_folder(cfg.save_dir, size.num_frames, size.name)
-    jobs = [
-        Job(prompt, k, folder / (prompt.file_stem(k, cfg.num_sample) + sample_suffix(size.num_frames)))
-        for prompt in prompts
-        for k in range(cfg.num_sample)
-    ]
-    missing = [job for job in jobs if not job.path.exists()]
-    if len(missing) < len(jobs):
-        get_logger().info(f"{len(jobs) - len(missing)} of {len(jobs)} samples are in {folder} already: skipped")
-    return Plan(size, missing, *locate_weights(cfg))
-
-
-def locate_weights(cfg) -> tuple[Path | None, Path | None]:
-    """What `model.from_pretrained` and `lora` mean, on this machine.
-
-    Raises:
-        FileNotFoundError: they are nowhere. ValueError, FileNotFoundError: they don't go together, or use_ema=True, but
-            there are no averaged weights.
-    """
-    if not cfg.model.get("from_pretrained"):
-        for name in ("use_ema", "lora"):
-            if cfg[name]:
-                raise ValueError(f"{name}={cfg[name]} needs weights: set --model.from-pretrained outputs/EXP or a file")
-        get_logger().warning("model.from_pretrained is not set: sampling from a model with random weights")
-        return None, None
-    weights, lora = find_weights(cfg.model.from_pretrained), cfg.lora and resolve_checkpoint(cfg.lora)
-    if cfg.use_ema or lora:
-        open_model(weights, cfg.use_ema, lora)
-    return weights, lora
-
-
-def read_prompts(cfg) -> list[Prompt]:
-    """The prompts of `prompt`, else of `dataset.data_path`, cut to rows [start_index, end_index)."""
-    negative = cfg.neg
-    if cfg.prompt is not None:
-        prompts = prompts_from_texts(cfg.prompt, cfg.ref, negative)
-    else:
-        prompts = DATASETS.build(cfg.dataset, where="dataset").prompts(cfg.ref, negative)
-    chosen = prompts[cfg.start_index : cfg.end_index]
-    if not chosen:
-        raise ValueError(
-            f"there is no prompt to sample: start_index={cfg.start_index}, end_index={cfg.end_index} of a list of "
-            f"{len(prompts)}: check the list and the indices"
-        )
-    return chosen
+CONTACT_SHEET = "contact_sheet.png"
 
 
 def sample_all(cfg, context) -> None:
-    """Sample what `cfg` asks for; the ranks of `context` share the samples. Every rank calls it.
+    """Sample what `cfg` asks for, on all ranks of `context`: those that `plugin` lets share a model draw a sample
+    together, the others other samples. Every rank calls it.
 
     Ranks do not wait for each other at the end: the last of a list may take longer than a time-out.
     """
-    download(cfg.model.get("from_pretrained"))  # on every rank, since others would wait for rank 0 only so long
+    sections = ("model", "img_flux") if cfg.use_t2i2v else ("model",)
+    for section in sections:  # on every rank, since others would wait for rank 0 only so long
+        download(get(cfg, f"{section}.from_pretrained"))
+    sizes = parallel_sizes(cfg)
+    context = context.share_samples(sizes.tensor, sizes.sequence)
     plan = context.on_main(lambda: make_plan(cfg))
     if not plan.jobs:
         get_logger().info("nothing to sample")
         return
-    get_logger().info(f"{len(plan.jobs)} samples go to {plan.jobs[0].path.parent}")
-    pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, plan.lora, context.device)
-    mine = plan.jobs[context.rank :: context.world_size]
+    get_logger().info(f"{len(plan.jobs)} samples go to {plan.folder}")
+    mine = plan.jobs[context.data_parallel_rank :: context.data_parallel_size]
+    meter = PhaseMeter(context.device)
+    if mine:
+        _sample(cfg, plan, mine, context, meter)
+    meter.log()
+    name = "phases.json" if context.rank == 0 else f"phases_rank{context.rank}.json"
+    save_report(plan.folder / name, {"samples": len(mine), "offload": cfg.offload, "phases": meter.report()})
+
+
+def _sample(cfg, plan: Plan, jobs: Sequence[Job], context, meter: PhaseMeter) -> None:
+    """Text encoders, image model, video model: each is gone before the next is loaded."""
+    with meter("text"):
+        asked = [text for job in jobs for text in _texts(job, cfg, plan)]
+        texts = embed_texts(cfg, asked, to_torch_dtype(cfg.dtype), context.device)
+    if plan.first_frame:
+        jobs = _with_first_frames(cfg, plan, jobs, texts, context, meter)
+    with meter("load"):
+        pipeline = Pipeline.from_config(
+            cfg, plan.size, plan.weights, plan.lora, context.device, texts, meter, Division.of(cfg, context)
+        )
+
+    def save(job: Job, request: Request, video: Tensor) -> None:
+        if _writes(context):
+            save_sample(job.path, video, cfg.fps_save, cfg.crf, job.prompt.text, tags_of(job, request, cfg))
+
+    _draw(pipeline, [(job, to_request(job, cfg, plan.size)) for job in jobs], save, cfg, context, meter)
+    if _writes(context):
+        _write_sheet(plan)
+
+
+def _texts(job: Job, cfg, plan: Plan) -> Iterator[str]:
+    """All that will be asked of the text encoders."""
+    for request in (to_request(job, cfg, plan.size), to_image_request(job, cfg)):
+        yield from (request.text, request.negative)
+
+
+def _with_first_frames(
+    cfg, plan: Plan, jobs: Sequence[Job], texts: tuple[TextEncoder, TextEncoder], context, meter: PhaseMeter
+) -> list[Job]:
+    """The jobs with an image to start from; those that have no reference of their own get one drawn.
+
+    Images are kept, and taken again by a call that would draw the same. Every rank writes those it draws: the ranks
+    that share a model draw the same, and each reads its own.
+    """
+    drawn = [replace(job, path=image_path(job.path)) for job in jobs if not job.prompt.references]
+    asked = [(job, to_image_request(job, cfg)) for job in drawn]
+    missing = [(job, request) for job, request in asked if not has_tags(job.path, tags_of(job, request, cfg))]
+    if missing:
+        get_logger().info(f"{len(missing)} first frames go to {missing[0][0].path.parent}")
+        with meter("load image"):
+            pipeline = image_pipeline(cfg, plan.first_frame, texts, context.device, meter, Division.of(cfg, context))
+
+        def save(job: Job, request: Request, frames: Tensor) -> None:
+            write_png(job.path, frames[0], tags_of(job, request, cfg))
+
+        _draw(pipeline, missing, save, cfg, context, meter)
+    return [_starting_from(job, image_path(job.path)) if not job.prompt.references else job for job in jobs]
+
+
+def _starting_from(job: Job, path: Path) -> Job:
+    return replace(job, prompt=replace(job.prompt, references=(str(path),)))
+
+
+def _draw(
+    pipeline: Pipeline,
+    work: Sequence[tuple[Job, Request]],
+    save: Callable[[Job, Request, Tensor], None],
+    cfg,
+    context,
+    meter: PhaseMeter,
+) -> None:
+    """Sample in batches; save(job, request, frames uint8 [T, H, W, 3]) as soon as a batch is done."""
     done = 0
-    with step_progress(mine, cfg, shown=context.rank == 0) as on_step:
-        for batch in batches(mine, cfg.batch_size):
-            videos = pipeline([to_request(job, cfg, plan.size) for job in batch], on_step)
-            for job, video in zip(batch, videos, strict=True):
-                save_sample(job.path, video, cfg.fps_save, cfg.crf, job.prompt.text)
+    with step_progress(len(work), cfg, shown=context.rank == 0) as on_step:
+        for batch in batches(work, cfg.batch_size):
+            videos = pipeline([request for _, request in batch], on_step)
+            with meter("write"):
+                for (job, request), video in zip(batch, videos, strict=True):
+                    save(job, request, video)
             done += len(batch)
             if not sys.stderr.isatty():
-                get_logger().info(f"{done} of {len(mine)} samples done")
-    _report_cut_texts(pipeline)
+                get_logger().info(f"{done} of {len(work)} samples done")
 
 
-def _report_cut_texts(pipeline: Pipeline) -> None:
-    for name, encoder in (("t5", pipeline.t5), ("clip", pipeline.clip)):
-        if encoder.texts_cut:
-            counts = encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut
-            get_logger().warning(cut_summary(name, encoder.max_length, *counts))
+def _writes(context) -> bool:
+    """Whether this rank is the first of those that share a model: they draw the same."""
+    return context.model.rank == 0
 
 
-def to_request(job: Job, cfg, size: SampleSize) -> Request:
-    """A job in the pipeline's terms."""
-    prompt, option = job.prompt, cfg.sampling_option
-    seed = cfg.seed if option.get("seed") is None else option.seed
-    return Request(
-        text=model_text(prompt.text, size, cfg.fps_save, cfg.motion_score),
-        seed=derive_seed(seed, prompt.index, job.sample),
-        negative=prompt.negative,
-        condition=cfg.cond_type if prompt.references and not size.is_image else "t2v",
-        references=prompt.references,
-    )
+def _write_sheet(plan: Plan) -> None:
+    """A contact sheet of all that was asked for, by the rank that finds all of it there."""
+    if len(plan.wanted) > 1 and all(job.path.exists() for job in plan.wanted):
+        entries = [Entry(job.path, job.prompt.text) for job in plan.wanted]
+        write_contact_sheet(plan.folder / CONTACT_SHEET, entries)
 
 
-def model_text(text: str, size: SampleSize, fps: float | None, motion_score: str | float | None) -> str:
-    """The prompt as the model reads it: videos are told their frame rate and motion score, as captions in training."""
-    if size.is_image:
-        return text
-    if fps is not None:
-        text = add_fps(text, fps)
-    return text if motion_score is None else add_motion_score(text, motion_score)
-
-
-def batches(jobs: Sequence[Job], batch_size: int) -> Iterator[Sequence[Job]]:
-    for start in range(0, len(jobs), batch_size):
-        yield jobs[start : start + batch_size]
+def batches(work: Sequence, batch_size: int) -> Iterator[Sequence]:
+    for start in range(0, len(work), batch_size):
+        yield work[start : start + batch_size]
 
 
 @contextmanager
-def step_progress(jobs: Sequence[Job], cfg, shown: bool) -> Iterator:
+def step_progress(samples: int, cfg, shown: bool) -> Iterator[Callable]:
     """A bar on a terminal, over the steps of all batches of this rank; yields what to call after each step."""
-    total = -(-len(jobs) // cfg.batch_size) * cfg.sampling_option.num_steps
+    total = -(-samples // cfg.batch_size) * cfg.sampling_option.num_steps
     disable = None if shown else True  # None: where there is no terminal
-    with tqdm(total=total, unit="step", desc=f"{len(jobs)} samples", disable=disable) as bar:
+    with tqdm(total=total, unit="step", desc=f"{samples} samples", disable=disable) as bar:
         yield bar.update

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from opensora.diffusion.flow import euler_step
 from opensora.diffusion.guidance import Branch, combine, needed_branches, oscillate, temporal_scale
 from opensora.diffusion.schedule import sampling_schedule
 from opensora.diffusion.tokens import pack, position_ids, text_position_ids, unpack
+from opensora.inference.step_cache import StepCache, Velocity
 
 METHODS = ("i2v", "distill")
 
@@ -28,6 +30,7 @@ class SamplerOptions:
         text_osci, image_osci: drop the scale to 1 at every odd step from the 10th on.
         scale_temporal_osci: let the reference's guidance rise from 1 at the first latent frame.
         shift, flow_shift: shift the schedule towards noise, by `flow_shift` or by what the size asks for.
+        step_cache: reuse a velocity while its estimated relative change is below this (`step_cache.py`); None: never.
         method: "i2v" guides with two or three velocities a step, "distill" tells the scale to a distilled model.
     """
 
@@ -39,6 +42,7 @@ class SamplerOptions:
     scale_temporal_osci: bool = False
     shift: bool = True
     flow_shift: float | None = None
+    step_cache: float | None = None
     method: str = "i2v"
 
     def __post_init__(self):
@@ -70,17 +74,28 @@ class TextEmbedding:
     tokens: Tensor
     vector: Tensor
 
+    def rows(self, rows: Tensor | None) -> TextEmbedding:
+        """Some texts of the batch; None: all."""
+        return self if rows is None else TextEmbedding(self.tokens[rows], self.vector[rows])
+
+    def equals(self, other: TextEmbedding) -> bool:
+        return torch.equal(self.tokens, other.tokens) and torch.equal(self.vector, other.vector)
+
 
 class Sampler:
     """Draws latents from a model.
 
     The state stays in fp32; the model sees it, and the time, in `dtype`. The velocities of a step are computed one
     after the other, so that guidance does not multiply the peak memory, and only those that the step's scales need.
+
+    Attributes:
+        reused: the share of the last call's velocities that the step cache gave; 0 without it.
     """
 
     def __init__(self, model: nn.Module, options: SamplerOptions, dtype: torch.dtype):
         self.model, self.options, self.dtype = model, options, dtype
         self.patch_size = model.patch_size
+        self.reused = 0.0
 
     def times(self, latent_size: tuple[int, int, int]) -> list[float]:
         """The schedule for latents of size (T, H, W), from 1 to 0."""
@@ -106,15 +121,17 @@ class Sampler:
         """
         latent_size = tuple(noise.shape[2:])
         has_reference = condition is not None and bool(condition[:, 0].any())
-        velocity = self._velocities(noise, text, negative, condition)
+        same_text = text.equals(negative)
+        velocity = StepCache(self._velocities(noise, text, negative, condition), self.options.step_cache)
         x = pack(noise.float(), self.patch_size)  # [B, L, C * p * p]
         for step, (t, t_next) in enumerate(itertools.pairwise(self.times(latent_size))):
             text_scale, image_scale = self.options.scales(step)
-            branches = needed_branches(text_scale, image_scale, has_reference)
+            branches = needed_branches(text_scale, image_scale, has_reference, same_text)
             velocities = {branch: velocity(x, t, branch) for branch in branches}
             image_scale = self._scale_of_tokens(image_scale, step, latent_size, x.device)
             x = euler_step(x, combine(velocities, text_scale, image_scale), t, t_next)
             on_step()
+        self.reused = velocity.reused
         latents = unpack(x, latent_size, self.patch_size)
         if has_reference:
             latents = torch.where(condition[:, :1] > 0, condition[:, 1:].float(), latents)
@@ -122,8 +139,9 @@ class Sampler:
 
     def _velocities(
         self, noise: Tensor, text: TextEmbedding, negative: TextEmbedding, condition: Tensor | None
-    ) -> Callable[[Tensor, float, Branch], Tensor]:
-        """velocity(x [B, L, C * p * p], t, branch) -> the same shape, fp32. What does not change is prepared once."""
+    ) -> Velocity:
+        """velocity(x [N, L, C * p * p], t, branch, rows) -> the same shape, fp32, for N samples of the batch, those of
+        `rows` or all. What does not change is prepared once."""
         (batch, channels, *latent_size), device = noise.shape, noise.device
         image_ids = position_ids(batch, tuple(latent_size), self.patch_size, device)
         text_ids = text_position_ids(batch, text.tokens.shape[1], device)
@@ -131,21 +149,20 @@ class Sampler:
         if self.model.cond_embed:
             nothing = pack(noise.new_zeros(batch, 1 + channels, *latent_size, dtype=self.dtype), self.patch_size)
             given = nothing if condition is None else pack(condition.to(self.dtype), self.patch_size)
-        guidance = None
-        if self.model.guidance_embed:
-            guidance = torch.full((batch,), self.options.guidance, dtype=self.dtype, device=device)
 
-        def velocity(x: Tensor, t: float, branch: Branch) -> Tensor:
-            words = text if branch.text else negative
+        def velocity(x: Tensor, t: float, branch: Branch, rows: Tensor | None = None) -> Tensor:
+            words = (text if branch.text else negative).rows(rows)
+            cond = given if branch.reference else nothing
+            each = partial(torch.full, (len(x),), dtype=self.dtype, device=device)
             return self.model(
                 img=x.to(self.dtype),
-                img_ids=image_ids,
+                img_ids=image_ids[: len(x)],
                 txt=words.tokens,
-                txt_ids=text_ids,
-                timesteps=torch.full((batch,), t, dtype=self.dtype, device=device),
+                txt_ids=text_ids[: len(x)],
+                timesteps=each(t),
                 y_vec=words.vector,
-                cond=given if branch.reference else nothing,
-                guidance=guidance,
+                cond=cond if cond is None or rows is None else cond[rows],
+                guidance=each(self.options.guidance) if self.model.guidance_embed else None,
             ).float()
 
         return velocity

@@ -6,20 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import opensora.inference.prompts
 import opensora.models  # noqa: F401  registers the components
 from opensora.common import to_torch_dtype
-from opensora.data.aspect import resolution_sizes
-from opensora.diffusion.conditions import check_condition
+from opensora.diffusion.conditions import check_condition, condition_spans
+from opensora.inference.references import condition_type
+from opensora.inference.refine import DYNAMIC, endpoint_of
 from opensora.inference.sampler import SamplerOptions
-from opensora.inference.size import Compression, SampleSize
+from opensora.inference.size import first_frame_size, sample_size
 from opensora.models.requirements import missing_requirements
 from opensora.models.text import text_width
 from opensora.registry import AUTOENCODERS, DATASETS, MODELS, TEXT_ENCODERS
 from opensora.schema import ABSENT, setting
 from opensora.settings import (
+    TEXT_INPUTS,
     ModelBuilding,
     PluginSettings,
     check_at_least,
@@ -27,11 +30,13 @@ from opensora.settings import (
     check_frames,
     check_latents,
     check_model,
+    check_parts,
     check_plugin,
     check_shardformer,
     check_text_widths,
     check_weights,
     get,
+    parallel_sizes,
     raise_unavailable,
 )
 
@@ -53,6 +58,9 @@ class SamplingOption:
     scale_temporal_osci: bool = setting(False, "let the reference's guidance rise along the video")
     shift: bool = setting(True, "shift the schedule towards noise, by as much as the size asks for")
     flow_shift: float | None = setting(None, "or by this much")
+    step_cache: float | None = setting(
+        None, "use a velocity again while its estimated relative change is below this, e.g. 0.05; None: never"
+    )
     method: str = setting("i2v", "i2v guides with two or three velocities a step; distill tells the model the scale")
     temporal_reduction: int = setting(ABSENT, legacy="the autoencoder itself says how many frames a latent frame has")
     is_causal_vae: bool = setting(ABSENT, legacy="the autoencoder itself says whether it is causal")
@@ -92,12 +100,18 @@ class InferenceSettings:
     ae_spatial_compression: int = setting(
         16, "frame sizes are multiples of it: the autoencoder's 8 times the patch's 2"
     )
-    motion_score: str | int | float | None = setting(None, "appended to the prompt: how much moves, 1 to 7")
+    motion_score: str | int | float | None = setting(
+        None, "appended to the prompt: how much moves, 1 to 7; dynamic: a language model rates each prompt"
+    )
     seed: int = setting(42, "of the first sample's noise")
-    refine_prompt: bool = setting(False, "let a language model rewrite the prompt (a later version)")
+    refine_prompt: bool = setting(
+        False,
+        "let a language model rewrite the prompts: OPENAI_API_KEY, or OPENAI_BASE_URL of an endpoint like OpenAI's",
+    )
+    refine_model: str = setting("gpt-4o", "the language model's name at that endpoint")
 
     # ---- text to image to video
-    use_t2i2v: bool = setting(False, "draw the first frame with an image model (a later version)")
+    use_t2i2v: bool = setting(False, "draw the first frame with an image model, then the video from it")
     img_flux: dict | None = setting(None, "the image model", registry=MODELS, also=ModelBuilding)
     img_flux_ae: dict | None = setting(None, "its autoencoder", registry=AUTOENCODERS)
     img_resolution: str = setting("768px", "of that frame")
@@ -109,11 +123,15 @@ class InferenceSettings:
 
     # ---- precision, memory, devices
     dtype: str = setting("bf16", "what the models compute in: bf16, fp16 or fp32")
-    offload: bool = setting(False, "keep models that wait in host memory")
+    offload: bool = setting(False, "each model is on the device only while it computes, and waits in host memory")
     dist_timeout: float = setting(1800.0, "seconds after which a rank that waits for the others gives up")
-    plugin: str | None = setting(None, "how ranks share a model: hybrid (a later version)")
+    plugin: str | None = setting(
+        None, "hybrid: ranks share a model, its layers (tp_size) and tokens (sp_size); None: each has its own"
+    )
     plugin_config: PluginSettings = setting(doc="arguments of the plugin")
-    plugin_ae: str | None = setting(None, "how ranks share the autoencoder: hybrid (a later version)")
+    plugin_ae: str | None = setting(
+        None, "hybrid: ranks that share a model share the autoencoder's samples and tiles too"
+    )
     plugin_config_ae: PluginSettings = setting(doc="arguments of that plugin")
 
     # Settings that stand for another one: giving either is the same.
@@ -141,6 +159,7 @@ LEAST = {
     "sampling_option.num_frames": 1,
     "sampling_option.num_steps": 1,
     "sampling_option.seed": 0,
+    "sampling_option.step_cache": 0,
     "sampling_option.width": 1,
     "seed": 0,
     "start_index": 0,
@@ -163,6 +182,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     check_latents(cfg["model"], cfg["ae"])
     check_plugin(cfg, world_size)
     check_plugin(cfg, world_size, "plugin_ae")
+    _check_autoencoder_ranks(cfg)
     check_shardformer(cfg)
     _check_size(cfg)
     _check_prompts(cfg)
@@ -170,12 +190,21 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
         _check_image_model(cfg)
 
 
+def _check_autoencoder_ranks(cfg: Mapping[str, Any]) -> None:
+    """The ranks that share an autoencoder are those that have the same samples."""
+    model, autoencoder = (prod(parallel_sizes(cfg, where)[:2]) for where in ("plugin", "plugin_ae"))
+    if autoencoder not in (1, model):
+        raise ValueError(
+            f"plugin_config_ae: tp_size * sp_size = {autoencoder} ranks share the autoencoder, and plugin_config lets "
+            f"{model} share a model: make both the same, or set --plugin_ae none"
+        )
+
+
 def _check_size(cfg: Mapping[str, Any]) -> None:
     option = cfg["sampling_option"]
     SamplerOptions.from_config(option)
     check_frames(option["num_frames"], cfg["ae"], "sampling_option.num_frames")
-    compression = Compression.of(AUTOENCODERS.get(cfg["ae"]["type"]))
-    SampleSize.from_config(option, compression, cfg["model"].get("patch_size", 2))
+    sample_size(cfg)
 
 
 def _check_prompts(cfg: Mapping[str, Any]) -> None:
@@ -188,6 +217,15 @@ def _check_prompts(cfg: Mapping[str, Any]) -> None:
         )
     if cfg["cond_type"] != "t2v" and cfg["prompt"] is not None and cfg["ref"] is None and not cfg["use_t2i2v"]:
         raise ValueError(f"cond_type='{cfg['cond_type']}' needs a reference: set --ref FILE, or --cond_type t2v")
+    _check_motion_score(cfg["motion_score"])
+
+
+def _check_motion_score(score: Any) -> None:
+    if isinstance(score, str) and score != DYNAMIC:
+        try:
+            float(score)
+        except ValueError:
+            raise ValueError(f"motion_score='{score}' must be a number, 1 to 7, or '{DYNAMIC}'") from None
 
 
 def _check_image_model(cfg: Mapping[str, Any]) -> None:
@@ -195,25 +233,44 @@ def _check_image_model(cfg: Mapping[str, Any]) -> None:
         if cfg[section] is None:
             raise ValueError(f"use_t2i2v=True needs {section}: build on configs/diffusion/inference/plugins/t2i2v.py")
     check_model(cfg["img_flux"], "img_flux")
+    check_parts(cfg["img_flux"], parallel_sizes(cfg), "img_flux")
     check_latents(cfg["img_flux"], cfg["img_flux_ae"], "img_flux", "img_flux_ae")
-    resolution_sizes(cfg["img_resolution"], 16, training=False)
+    for key in TEXT_INPUTS.values():
+        if cfg["img_flux"][key] != cfg["model"][key]:
+            raise ValueError(
+                f"img_flux.{key}={cfg['img_flux'][key]} and model.{key}={cfg['model'][key]} must be equal: both models "
+                "read the same embeddings"
+            )
+    if cfg["sampling_option"]["num_frames"] == 1:
+        raise ValueError(
+            "use_t2i2v=True draws videos, and num_frames=1 is an image: take "
+            "configs/diffusion/inference/t2i_768px.py for images, or --use-t2i2v False"
+        )
+    if not cfg["model"].get("cond_embed", False):
+        raise ValueError("use_t2i2v=True needs a model that takes conditions: set --model.cond-embed True")
+    spans = condition_spans(condition_type(cfg))
+    if any(span.frames > 1 for span in spans):
+        raise ValueError(f"use_t2i2v=True draws one frame, and cond_type='{cfg['cond_type']}' takes more: use i2v_head")
+    _check_size_of_first_frame(cfg)
+
+
+def _check_size_of_first_frame(cfg: Mapping[str, Any]) -> None:
+    try:
+        first_frame_size(cfg, sample_size(cfg))
+    except ValueError as error:
+        raise ValueError(f"img_resolution='{cfg['img_resolution']}': {error}") from None
 
 
 def require_available(cfg: Mapping[str, Any]) -> None:
-    """ValueError that says which of the settings need what a later version brings, and what to do today."""
-    reasons = [
-        f"{where}='hybrid': tensor and sequence parallelism are not available in this version: set --{where} none"
-        for where in ("plugin", "plugin_ae")
-        if cfg[where] == "hybrid"
-    ]
-    for name in ("use_t2i2v", "refine_prompt", "offload"):
-        if cfg[name]:
-            reasons.append(f"{name}=True is not available in this version: set --{name.replace('_', '-')} False")
-    reasons += missing_requirements(cfg["model"], to_torch_dtype(cfg["dtype"]))
+    """ValueError that says which of the settings need what this version or this machine has not, and what to do."""
+    reasons = []
+    for section in ("model", "img_flux") if cfg["use_t2i2v"] else ("model",):
+        reasons += missing_requirements(cfg[section], to_torch_dtype(cfg["dtype"]), section)
     raise_unavailable(reasons)
+    endpoint_of(cfg)
 
 
 def check_paths(cfg: Mapping[str, Any]) -> None:
     """The files and folders that the config names exist (FileNotFoundError) and fit the model (ValueError)."""
-    check_weights(cfg, ("model", "ae", "t5", "clip"))
+    check_weights(cfg, ("model", "ae", "t5", "clip", *(("img_flux", "img_flux_ae") if cfg["use_t2i2v"] else ())))
     check_text_widths(cfg, text_width)

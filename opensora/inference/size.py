@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opensora.data.aspect import image_size
+from opensora.data.aspect import closest_ratio, image_size, resolution_sizes
+from opensora.registry import AUTOENCODERS
 
 
 class Compression(NamedTuple):
@@ -60,6 +61,24 @@ class SampleSize:
     @property
     def is_image(self) -> bool:
         return self.num_frames == 1
+
+
+def sample_size(cfg: Mapping[str, Any]) -> SampleSize:
+    """The size that a whole config asks for; ValueError as `SampleSize.from_config`."""
+    compression = Compression.of(AUTOENCODERS.get(cfg["ae"]["type"]))
+    return SampleSize.from_config(cfg["sampling_option"], compression, cfg["model"].get("patch_size", 2))
+
+
+def first_frame_size(cfg: Mapping[str, Any], size: SampleSize) -> SampleSize:
+    """The first frame that use_t2i2v draws: `img_resolution` at the video's aspect ratio, or at the table's nearest to
+    a size given as height and width."""
+    compression = Compression.of(AUTOENCODERS.get(cfg["img_flux_ae"]["type"]))
+    multiple = compression.spatial * cfg["img_flux"].get("patch_size", 2)
+    name, option = cfg["img_resolution"], cfg["sampling_option"]
+    ratio = option.get("aspect_ratio")
+    if option.get("height") is not None:
+        ratio = closest_ratio(size.height, size.width, list(resolution_sizes(name, multiple, training=False)))
+    return SampleSize(1, *image_size(name, ratio, multiple, training=False), name)
 
 
 def check_num_frames(num_frames: int, compression: int, causal: bool) -> None:

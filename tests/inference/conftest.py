@@ -1,10 +1,13 @@
 """Small stand-ins for the models of a pipeline: everything that sampling asks of them, in formulas."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from opensora.common import get_logger
 from opensora.inference.pipeline import Pipeline
 from opensora.inference.sampler import SamplerOptions
 from opensora.inference.size import SampleSize
@@ -43,7 +46,7 @@ class HashText(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        self.shape, self.encoded, self.texts_cut = shape, [], 0
+        self.shape, self.encoded = shape, []
 
     def forward(self, texts):
         self.encoded += texts
@@ -88,19 +91,45 @@ def tiny_mmdit():
 def toy_pipeline(tiny_mmdit):
     """build(...) -> a pipeline of stand-ins for samples of 9 frames of 32 x 48 pixels."""
 
-    def build(autoencoder=None, model=None, num_frames=9, **options):
+    def build(autoencoder=None, model=None, num_frames=9, texts=None, meter=None, **options):
+        t5, clip = texts or (HashText(5, 12), HashText(8))
         return Pipeline(
             model or tiny_mmdit(),
             autoencoder or MeanAutoencoder(),
-            HashText(5, 12),
-            HashText(8),
+            t5,
+            clip,
             options=SamplerOptions(**{"num_steps": 3, "guidance": 3.0, "guidance_img": 2.0, **options}),
             size=SampleSize(num_frames, 32, 48, "toy"),
             device=torch.device("cpu"),
             dtype=torch.float32,
+            meter=meter,
         )
 
     return build
+
+
+class Said(logging.Handler):
+    """Messages of the project's logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def said():
+    handler = Said()
+    get_logger().addHandler(handler)
+    yield handler.messages
+    get_logger().removeHandler(handler)
+
+
+@pytest.fixture
+def hash_text():
+    return HashText
 
 
 @pytest.fixture

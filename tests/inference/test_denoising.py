@@ -78,17 +78,29 @@ def test_fewer_branches_equal_the_three_branch_algorithm(tiny_mmdit, with_refere
 
 
 def test_only_what_the_scales_need_is_computed():
-    noise, text = torch.randn(1, *LATENT), texts(1, 1)
-    options = SamplerOptions(num_steps=14, guidance=7.5, guidance_img=3.0, text_osci=True, image_osci=True)
-    model = CountingModel(lambda x, t: x)
-    Sampler(model, options, torch.float32)(noise, text, text)
-    assert model.calls == 2 * 14 - 2  # steps 11 and 13 have no guidance
-    model.calls = 0
-    Sampler(model, options, torch.float32)(noise, text, text, head_condition(1))
-    assert model.calls == 3 * 14 - 2 * 2
-    model.calls = 0
-    Sampler(model, SamplerOptions(num_steps=14, method="distill"), torch.float32)(noise, text, text)
-    assert model.calls == 14
+    guided = SamplerOptions(num_steps=14, guidance=7.5, guidance_img=3.0, text_osci=True, image_osci=True)
+
+    def calls(options=guided, negative=2, condition=None):
+        model = CountingModel(lambda x, t: x)
+        sampler = Sampler(model, options, torch.float32)
+        sampler(torch.randn(1, *LATENT), texts(1, 1), texts(1, negative), condition)
+        return model.calls
+
+    assert calls() == 2 * 14 - 2  # steps 11 and 13 have no guidance
+    assert calls(condition=head_condition(1)) == 3 * 14 - 2 * 2
+    assert calls(SamplerOptions(num_steps=14, method="distill")) == 14
+    assert calls(negative=1) == 14  # the negative prompt is the prompt
+    assert calls(negative=1, condition=head_condition(1)) == 2 * 14 - 2
+
+
+@pytest.mark.parametrize("with_reference", [True, False], ids=["i2v", "t2v"])
+def test_a_negative_prompt_that_is_the_prompt_changes_nothing(tiny_mmdit, with_reference):
+    options = SamplerOptions(num_steps=12, guidance=3.0, guidance_img=2.0, text_osci=True, scale_temporal_osci=True)
+    model, noise = tiny_mmdit(), torch.randn(2, *LATENT)
+    condition = head_condition(2) if with_reference else torch.zeros(2, 1 + LATENT[0], *LATENT[1:])
+    got = Sampler(model, options, torch.float32)(noise, texts(2, 1), texts(2, 1), condition)
+    expected = three_branch_reference(model, options, noise, texts(2, 1), texts(2, 1), condition)
+    assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_zero_velocity_leaves_the_noise():

@@ -75,10 +75,16 @@ def test_short_names_reach_the_sampling_option(load):
         ("--cond_type i2v", "cond_type: unknown condition 'i2v'"),
         ("--cond_type i2v_head", "cond_type='i2v_head' needs a reference: set --ref FILE"),
         ("--cond_type i2v_head --ref a.png --model.cond-embed False", "needs a model that takes conditions"),
+        ("--motion-score much", "motion_score='much' must be a number, 1 to 7, or 'dynamic'"),
+        ("--sampling_option.step_cache -1", "sampling_option.step_cache=-1.0 must be at least 0"),
         ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
         ("--plugin zero3", "plugin='zero3' is unknown"),
         ("--plugin hybrid --plugin_config dict(tp_size=2)", "tp_size=2 * pp_size=1 * sp_size=1 = 2 does not divide"),
         ("--plugin_ae hybrid --plugin_config_ae dict(tp_size=2)", "plugin_config_ae: tp_size=2"),
+        (
+            "--plugin_ae hybrid --plugin_config_ae dict(tp_size=3)",
+            "3 ranks share the autoencoder, and plugin_config lets 1 share a model: make both the same",
+        ),
         ("--use-t2i2v True", "use_t2i2v=True needs img_flux"),
         ("--clip.shardformer True", "clip.shardformer=True: Shardformer is for T5 alone here"),
     ],
@@ -89,17 +95,58 @@ def test_broken_rules(load, overrides, complaint):
     assert complaint in one_line(error)
 
 
+@pytest.mark.parametrize("overrides", ["--refine-prompt True", "--motion-score dynamic"])
+def test_a_language_model_has_to_be_named(load, monkeypatch, overrides):
+    cfg = load("--prompt", "sea", *overrides.split())
+    validate(cfg, 1)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError) as error:
+        require_available(cfg)
+    assert "asks a language model, and there is none: set OPENAI_API_KEY, or OPENAI_BASE_URL" in one_line(error)
+    monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000")
+    with pytest.raises(ValueError, match="OPENAI_BASE_URL=localhost:8000 must begin with http://"):
+        require_available(cfg)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    require_available(cfg)
+
+
+IMAGE_MODEL = """
+use_t2i2v = True
+img_flux = {**model, "guidance_embed": True, "cond_embed": False}
+img_flux_ae = dict(type="autoencoder_2d", z_channels=16)
+"""
+
+
+@pytest.fixture
+def load_t2i2v(tmp_path):
+    path = tmp_path / "t2i2v.py"
+    path.write_text(CONFIG + IMAGE_MODEL)
+    return lambda *overrides: load_config([str(path), "--prompt", "sea", *overrides], InferenceSettings)
+
+
+def test_a_first_frame_of_its_own_is_valid(load_t2i2v):
+    for cond_type in ("t2v", "i2v_head", "i2v_loop"):
+        cfg = load_t2i2v("--cond_type", cond_type)
+        validate(cfg, 1)
+        require_available(cfg)
+
+
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        ("--plugin hybrid", "plugin='hybrid': tensor and sequence parallelism are not available in this version"),
-        ("--offload True", "offload=True is not available in this version: set --offload False"),
-        ("--refine-prompt True", "refine_prompt=True is not available in this version"),
+        ("--num-frames 1", "num_frames=1 is an image: take configs/diffusion/inference/t2i_768px.py"),
+        ("--cond_type v2v_head", "use_t2i2v=True draws one frame, and cond_type='v2v_head' takes more"),
+        ("--img_resolution 8", "img_resolution='8': resolution '8' is unknown"),
+        ("--img_flux.vec_in_dim 8", "img_flux.vec_in_dim=8 and model.vec_in_dim=16 must be equal"),
+        ("--img_flux.hidden_size 60", "img_flux.axes_dim"),
+        ("--img_flux_ae.z_channels 8", "img_flux.in_channels=64 does not fit img_flux_ae"),
+        ("--model.cond-embed False", "use_t2i2v=True needs a model that takes conditions"),
     ],
 )
-def test_what_later_versions_bring(load, overrides, complaint):
+def test_broken_rules_of_a_first_frame(load_t2i2v, overrides, complaint):
     with pytest.raises(ValueError) as error:
-        require_available(load("--prompt", "sea", *overrides.split()))
+        validate(load_t2i2v(*overrides.split()), 1)
     assert complaint in one_line(error)
 
 

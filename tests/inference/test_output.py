@@ -1,12 +1,15 @@
+import json
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from PIL import Image
 
 from opensora.inference import output
+from opensora.inference.metadata import has_tags, sample_tags
 
 
 def read_mp4(path):
@@ -33,6 +36,34 @@ def test_mp4_has_the_frames_the_rate_and_the_prompt(tmp_path, fps):
     assert np.abs(np.stack(frames).astype(int) - video.numpy()).mean() < 4
     assert path.with_suffix(".txt").read_text() == "raining, sea\n"
     assert sorted(p.name for p in path.parent.iterdir()) == ["a_0000.mp4", "a_0000.txt"]
+
+
+TAGS = {"title": 'raining, "sea"\n雨', "comment": '{"seed": 42, "text": "ü"}'}
+
+
+def test_an_mp4_keeps_its_tags(tmp_path):
+    output.save_sample(tmp_path / "a.mp4", smooth_video(5, 16, 16), 8, 10, "p", TAGS)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert {name: container.metadata[name] for name in TAGS} == TAGS
+
+
+def test_a_png_keeps_its_tags(tmp_path):
+    output.save_sample(tmp_path / "a.png", smooth_video(1, 16, 16), 8, 10, "p", TAGS)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text == TAGS
+    assert has_tags(tmp_path / "a.png", TAGS)
+    assert not has_tags(tmp_path / "a.png", {**TAGS, "title": "another"})
+    assert not has_tags(tmp_path / "a.txt", TAGS) and not has_tags(tmp_path / "none.png", TAGS)
+
+
+def test_tags_hold_what_a_sample_depends_on_and_nothing_else():
+    def tags(**settings):
+        return sample_tags("a cat", {"seed": 7}, ConfigDict({"dtype": "bf16", "save_dir": "a", **settings}))
+
+    comment = json.loads(tags()["comment"])
+    assert tags()["title"] == "a cat"
+    assert comment == {"prompt": "a cat", "seed": 7, "config": {"dtype": "bf16"}}
+    assert tags(save_dir="b", batch_size=4, plugin="hybrid") == tags() != tags(dtype="fp32")
 
 
 def test_odd_sizes_repeat_the_last_row_and_column(tmp_path):

@@ -50,6 +50,11 @@ def test_csv_columns(tmp_path):
     assert (second.name, second.index) == ("my list_0001", 1)
 
 
+def test_an_empty_prompt_is_named():
+    with pytest.raises(ValueError, match=r"prompt 1 \(from 0\) of 3 is empty"):
+        prompts_from_texts(["a", " \n", "b"], None, "")
+
+
 def test_txt_is_one_prompt_a_line(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("\ufeffone, two\n\n  three \n", encoding="utf-8")
@@ -68,6 +73,13 @@ def test_samples_of_a_prompt_are_numbered_if_several(tmp_path):
     [
         ("p.csv", b"path,caption\na,b\n", "needs a column 'text' .*path, caption"),
         ("p.csv", b"", "needs a column 'text'"),
+        (
+            "p.csv",
+            b"text,ref\na,x.png\nraining, sea,y.png\n",
+            "row 1 \\(from 0\\) has more fields than the header: put texts",
+        ),
+        ("p.csv", b"text,ref\na,x.png\n  ,y.png\n", "row 1 \\(from 0\\) has no text"),
+        ("p.csv", b"ref,text\nx.png\n", "row 0 \\(from 0\\) has no text"),
         ("p.csv", b"text,name\na,x\nb,x\n", "2 rows are named 'x'"),
         ("p.csv", b"text,name\na,../x\n", "'../x' cannot be a file name"),
         ("p.csv", b"text\n\xff\xfe\n", "UTF-8"),

@@ -1,14 +1,22 @@
+import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from PIL import Image
 
+from opensora.inference import plan as planning
 from opensora.inference import run
+from opensora.inference.output import write_mp4
 from opensora.inference.pipeline import Pipeline
+from opensora.inference.prompts import Prompt
 from opensora.inference.size import SampleSize
+from opensora.inference.text_phase import EmbeddedTexts
 
 
 @dataclass
@@ -17,7 +25,16 @@ class Place:
 
     rank: int = 0
     world_size: int = 1
+    share: int = 1  # ranks that share a model
     device = torch.device("cpu")
+
+    @property
+    def data_parallel_rank(self):
+        return self.rank // self.share
+
+    @property
+    def data_parallel_size(self):
+        return self.world_size // self.share
 
     def on_main(self, work):
         return work()
@@ -41,6 +58,11 @@ def config(tmp_path, **settings):
             "fps_save": 8,
             "crf": 0,  # every pixel is kept: x264 may choose other bits for the same pixels otherwise
             "seed": 42,
+            "dtype": "fp32",
+            "offload": False,
+            "use_t2i2v": False,
+            "refine_prompt": False,
+            "refine_model": "none",
             "use_ema": False,
             "lora": None,
             "lora_scale": 1.0,
@@ -52,14 +74,22 @@ def config(tmp_path, **settings):
     )
 
 
+@pytest.fixture(autouse=True)
+def no_tokenizers(monkeypatch):
+    monkeypatch.setattr(planning, "report_long_texts", lambda *_: None)
+
+
 @pytest.fixture
-def sample(toy_pipeline, monkeypatch):
-    """sample(cfg, rank=..., world_size=...) with a pipeline of stand-ins -> {path under save_dir: content}."""
-    monkeypatch.setattr(Pipeline, "from_config", classmethod(lambda *_: toy_pipeline()))
+def sample(toy_pipeline, hash_text, monkeypatch):
+    """sample(cfg, rank=..., world_size=...) with stand-ins for models -> {path under save_dir: content} of samples."""
+    embed = lambda cfg, texts, *_: tuple(EmbeddedTexts(hash_text(*s), texts, 2) for s in ((5, 12), (8,)))  # noqa: E731
+    build = lambda _, cfg, size, weights, lora, device, texts, meter: toy_pipeline(texts=texts, meter=meter)  # noqa: E731
+    monkeypatch.setattr(run, "embed_texts", embed)
+    monkeypatch.setattr(Pipeline, "from_config", classmethod(build))
 
     def sample(cfg, **place):
         run.sample_all(cfg, Place(**place))
-        files = [path for path in Path(cfg.save_dir).rglob("*") if path.is_file()]
+        files = [path for path in Path(cfg.save_dir).rglob("*_0*") if path.suffix in (".mp4", ".txt")]
         return {str(path.relative_to(cfg.save_dir)): path.read_bytes() for path in sorted(files)}
 
     return sample
@@ -103,6 +133,13 @@ def test_ranks_share_the_list(sample, tmp_path):
     assert [name[-8:] for name in sample(cfg, rank=1, world_size=2) if name.endswith("mp4")] == ["0001.mp4", "0003.mp4"]
 
 
+def test_of_ranks_that_share_a_model_the_first_writes(sample, tmp_path):
+    cfg = config(tmp_path, dataset=prompt_list(tmp_path, 3))
+    assert sample(cfg, rank=1, world_size=4, share=2) == {}
+    written = sample(cfg, rank=2, world_size=4, share=2)
+    assert list(written) == ["video_48x32/list_0001.mp4", "video_48x32/list_0001.txt"]
+
+
 def test_what_is_there_is_skipped(sample, tmp_path):
     cfg = config(tmp_path, dataset=prompt_list(tmp_path, 2))
     first = tmp_path / "samples" / "video_48x32" / "list_0000.mp4"
@@ -118,8 +155,8 @@ def test_what_is_there_is_skipped(sample, tmp_path):
 def test_seeds(tmp_path):
     def seed(**settings):
         cfg = config(tmp_path, prompt="a", **settings)
-        (job,) = run.make_plan(cfg).jobs
-        return run.to_request(job, cfg, SampleSize(9, 32, 48, "toy")).seed
+        (job,) = planning.make_plan(cfg).jobs
+        return planning.to_request(job, cfg, SampleSize(9, 32, 48, "toy")).seed
 
     assert seed(seed=0) == seed(seed=0) != seed(seed=1)
     assert seed(seed=5, sampling_option={"seed": 0}) == seed(seed=0)  # seed 0 is a seed, not "any"
@@ -127,30 +164,72 @@ def test_seeds(tmp_path):
 
 def test_videos_are_told_rate_and_motion_images_are_not():
     video, image = SampleSize(9, 32, 48, "toy"), SampleSize(1, 32, 48, "toy")
-    assert run.model_text("a cat", video, 24, "4") == "a cat. 24 FPS. 4 motion score."
-    assert run.model_text("a cat", video, 24, None) == "a cat. 24 FPS."
-    assert run.model_text("a cat", image, 24, "4") == "a cat"
+    assert planning.model_text("a cat", video, 24, "4") == "a cat. 24 FPS. 4 motion score."
+    assert planning.model_text("a cat", video, 24, None) == "a cat. 24 FPS."
+    assert planning.model_text("a cat", image, 24, "4") == "a cat"
 
 
 def test_prompts_without_reference_are_text_to_video(tmp_path):
     Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
     (tmp_path / "p.csv").write_text("text,ref\na,a.png\nb,\n")
     cfg = config(tmp_path, cond_type="i2v_head", dataset={"type": "text", "data_path": str(tmp_path / "p.csv")})
-    plan = run.make_plan(cfg)
-    requests = [run.to_request(job, cfg, plan.size) for job in plan.jobs]
+    plan = planning.make_plan(cfg)
+    requests = [planning.to_request(job, cfg, plan.size) for job in plan.jobs]
     assert [request.condition for request in requests] == ["i2v_head", "t2v"]
+
+
+def noise_png(side):
+    """The first half of a file."""
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(content, "PNG")
+    return content.getvalue()[: content.tell() // 2]
+
+
+def test_what_is_there_of_another_prompt_is_said(sample, tmp_path, said):
+    for prompt, expected in (("a cat", []), ("a cat", []), ("a dog", ["1 of them, the first prompt_0000.mp4"])):
+        sample(config(tmp_path, prompt=prompt))
+        assert [message.split(", show")[0] for message in said if "another prompt" in message] == expected
+
+
+def test_files_of_a_call(sample, tmp_path):
+    cfg = config(tmp_path, dataset=prompt_list(tmp_path, 3), batch_size=2)
+    folder = tmp_path / "samples/video_48x32"
+    sample(cfg, rank=1, world_size=2)
+    assert not (folder / "contact_sheet.png").exists()  # the other rank has not drawn its samples
+    sample(cfg)
+    assert Image.open(folder / "contact_sheet.png").size[0] > 300
+    report = json.loads((folder / "phases.json").read_text())
+    assert report["samples"] == 2 and report["phases"]["diffusion"]["times"] == 1
+    assert {"text", "load", "diffusion", "decode", "write"} == report["phases"].keys()
+    with av.open(str(folder / "list_0001.mp4")) as container:
+        comment = json.loads(container.metadata["comment"])
+    assert container.metadata["title"] == comment["prompt"] == "prompt, 1"
+    assert (comment["seed"], comment["prompt_index"], comment["text"]) == (42, 1, "prompt, 1. 8 FPS.")
+
+
+def test_a_refined_prompt_is_drawn_and_the_users_own_kept(tmp_path):
+    prompt = Prompt(0, "a cat", "", (), "p", refined="a grey cat sleeps", motion="2")
+    cfg = config(tmp_path, motion_score="dynamic")
+    request = planning.to_request(planning.Job(prompt, 0, tmp_path / "p.mp4"), cfg, SampleSize(9, 32, 48, "toy"))
+    assert request.text == "a grey cat sleeps. 8 FPS. 2 motion score."
+    comment = json.loads(planning.tags_of(planning.Job(prompt, 0, tmp_path / "p.mp4"), request, cfg)["comment"])
+    assert comment["prompt"] == "a cat" and comment["text"] == request.text
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({}, "there is no prompt"),
+        ({"prompt": ["a", " "]}, r"prompt 1 \(from 0\) of 2 is empty"),
         ({"prompt": []}, "no prompt to sample: .* of a list of 0"),
         ({"prompt": "a", "start_index": 3}, "start_index=3, .* of a list of 1"),
         ({"prompt": "a", "ref": "x.png"}, "add --cond_type i2v_head"),
         ({"prompt": "a", "cond_type": "i2v_head"}, "needs a reference"),
         ({"prompt": "a", "cond_type": "i2v_head", "ref": "none.png"}, "ref none.png"),
         ({"prompt": "a", "cond_type": "i2v_head", "ref": "broken.png"}, "ref broken.png"),
+        ({"prompt": "a", "cond_type": "i2v_head", "ref": "cut.png"}, "ref cut.png"),
+        ({"prompt": "a", "cond_type": "i2v_head", "ref": "cut.mp4"}, "ref cut.mp4"),
+        ({"prompt": "a", "cond_type": "i2v_loop", "ref": "grey.png;none.png"}, "ref none.png"),
         ({"prompt": "a", "cond_type": "v2v_head", "ref": "grey.png"}, "does not fit num_frames=9: give 33 or more"),
         (
             {"prompt": "a", "cond_type": "v2v_head", "ref": "grey.png", "sampling_option": {"num_frames": 37}},
@@ -173,6 +252,9 @@ def test_mistakes_are_one_line_before_models_load(tmp_path, monkeypatch, setting
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (48, 32)).save("grey.png")
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    Path("cut.png").write_bytes(noise_png(64))
+    write_mp4(Path("whole.mp4"), torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8), 8, crf=10)
+    Path("cut.mp4").write_bytes(Path("whole.mp4").read_bytes()[:5000])
     monkeypatch.setattr(Pipeline, "from_config", lambda *_: pytest.fail("models were loaded"))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         run.sample_all(config(tmp_path, **settings), Place())

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
+from transformers import AutoTokenizer
 
 from opensora.config import load_config
 from opensora.inference.pipeline import Pipeline
-from opensora.inference.run import make_plan
+from opensora.inference.plan import make_plan, model_text
 from opensora.inference.settings import InferenceSettings
+from opensora.inference.size import sample_size
 from opensora.models.weight_files import plan_shards, save_shard, write_index
 from opensora.models.weights import build_model
 
@@ -63,10 +65,18 @@ def read_video(path):
 def test_two_ranks_sample_a_list_from_first_frames(shapes, sample):
     video = read_video(shapes.root / "datasets/shapes/00004.mp4")
     Image.fromarray(video[0].astype(np.uint8)).save(shapes.root / "first.png")
-    (shapes.root / "list.csv").write_text("text,ref,name\na red circle,first.png,one\na blue square,first.png,two\n")
+    quoted = 'a "red" circle,\nслева 雨'
+    (shapes.root / "list.csv").write_text(
+        'text,ref,name\n"a ""red"" circle,\nслева 雨",first.png,one\na blue square,first.png,two\n', encoding="utf-8"
+    )
     sample("--dataset.data-path", "list.csv", "--cond_type", "i2v_head", "--save-dir", "i2v", ranks=2)
     folder = shapes.root / "i2v/video_64px"
-    assert sorted(path.name for path in folder.iterdir()) == ["one.mp4", "one.txt", "two.mp4", "two.txt"]
+    of_the_call = ["contact_sheet.png", "phases.json", "phases_rank1.json"]
+    samples = ["one.mp4", "one.txt", "two.mp4", "two.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(of_the_call + samples)
+    assert (folder / "one.txt").read_text(encoding="utf-8") == quoted + "\n"
+    with av.open(str(folder / "one.mp4")) as container:
+        assert container.metadata["title"] == quoted and container.streams.video[0].average_rate == 8
     for name in ("one", "two"):
         sampled = read_video(folder / f"{name}.mp4")
         assert sampled.shape == (9, 64, 64, 3)
@@ -94,6 +104,24 @@ def test_averaged_weights_are_taken_if_asked_for(shapes, sample, monkeypatch):
         pipeline = Pipeline.from_config(cfg, plan.size, plan.weights, plan.lora, torch.device("cpu"))
         for name, parameter in pipeline.sampler.model.named_parameters():
             assert torch.equal(parameter, expected[name])
+
+
+def test_prompts_over_the_token_limits_are_counted_before_models_load(shapes, monkeypatch, said):
+    monkeypatch.chdir(shapes.root)
+    (shapes.root / "sampling.py").write_text(CONFIG)
+    prompts = ["a red circle", " ".join(["a red circle"] * 20), " ".join(["a blue square"] * 9)]
+    limits = ["--t5.max_length", "40", "--clip.max_length", "8"]
+    (shapes.root / "long.txt").write_text("\n".join(prompts))
+    cfg = load_config(["sampling.py", "--dataset.data-path", "long.txt", *limits], InferenceSettings)
+    tokenizers = [AutoTokenizer.from_pretrained(f"ckpts/shapes/{name}") for name in ("t5", "clip")]
+    texts = {*(model_text(prompt, sample_size(cfg), 8, None) for prompt in prompts), ""}
+    lengths = [[len(tokenizer(text).input_ids) for text in texts] for tokenizer in tokenizers]
+    over = [sum(n > limit for n in of) for of, limit in zip(lengths, (40, 8), strict=True)]
+    assert 0 < over[0] < 4 and 0 < over[1] < 4
+    make_plan(cfg)
+    for section, limit, number, of in (("t5", 40, over[0], lengths[0]), ("clip", 8, over[1], lengths[1])):
+        expected = f"{number} of 4 texts have more than {section}.max_length={limit} tokens, the longest {max(of)}: "
+        assert any(message.startswith(expected) for message in said)
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(sample):

@@ -1,0 +1,199 @@
+"""What a call is to draw, checked before any model is loaded: prompts, sizes, files, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opensora.checkpoint_folder import resolve_checkpoint
+from opensora.common import get_logger
+from opensora.diffusion.random import derive_seed
+from opensora.inference.metadata import sample_tags
+from opensora.inference.output import output_folder, sample_suffix
+from opensora.inference.pipeline import Request
+from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
+from opensora.inference.references import check_references, condition_type
+from opensora.inference.refine import refine
+from opensora.inference.size import Compression, SampleSize, first_frame_size, sample_size
+from opensora.inference.text_limits import report_long_texts
+from opensora.models.sources import find_weights, open_model
+from opensora.registry import AUTOENCODERS, DATASETS
+
+
+@dataclass(frozen=True)
+class Job:
+    """The `sample`-th sample of a prompt, and the file it goes to."""
+
+    prompt: Prompt
+    sample: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to do, checked: nothing in it depends on the rank.
+
+    Attributes:
+        jobs: the samples that are not there yet. wanted: all that were asked for.
+        weights: the file or checkpoint that `model.from_pretrained` means, if it is set.
+        lora: the adapters to merge into them, if there are.
+        first_frame: the size that the image model draws first frames in, with use_t2i2v.
+    """
+
+    size: SampleSize
+    jobs: list[Job]
+    wanted: list[Job]
+    weights: Path | None
+    lora: Path | None
+    first_frame: SampleSize | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.wanted[0].path.parent
+
+
+def make_plan(cfg) -> Plan:
+    """The samples that `cfg` asks for and that are not there yet. Looks for the weights, but does not read them.
+
+    Raises:
+        ValueError, FileNotFoundError: no prompt, an unknown size, references or weights that are absent or do not fit,
+            or a language model that does not answer.
+    """
+    size = sample_size(cfg)
+    prompts = read_prompts(cfg)
+    _check_references(cfg, prompts, size)
+    folder = output_folder(cfg.save_dir, size.num_frames, size.name)
+    wanted = [
+        Job(prompt, k, folder / (prompt.file_stem(k, cfg.num_sample) + sample_suffix(size.num_frames)))
+        for prompt in prompts
+        for k in range(cfg.num_sample)
+    ]
+    jobs = _missing(wanted, folder)
+    weights, lora = locate_weights(cfg)
+    if jobs:
+        jobs = _refined(cfg, jobs, size, folder)
+        report_long_texts(
+            cfg, [text for job in jobs for text in (to_request(job, cfg, size).text, job.prompt.negative)]
+        )
+    return Plan(size, jobs, wanted, weights, lora, first_frame_size(cfg, size) if cfg.use_t2i2v else None)
+
+
+def read_prompts(cfg) -> list[Prompt]:
+    """The prompts of `prompt`, else of `dataset.data_path`, cut to rows [start_index, end_index)."""
+    negative = cfg.neg
+    if cfg.prompt is not None:
+        prompts = prompts_from_texts(cfg.prompt, cfg.ref, negative)
+    else:
+        prompts = DATASETS.build(cfg.dataset, where="dataset").prompts(cfg.ref, negative)
+    chosen = prompts[cfg.start_index : cfg.end_index]
+    if not chosen:
+        raise ValueError(
+            f"there is no prompt to sample: start_index={cfg.start_index}, end_index={cfg.end_index} of a list of "
+            f"{len(prompts)}: check the list and the indices"
+        )
+    return chosen
+
+
+def _check_references(cfg, prompts: Sequence[Prompt], size: SampleSize) -> None:
+    cond_type = condition_type(cfg)
+    if cond_type == "t2v" and cfg.ref:
+        raise ValueError(f"ref='{cfg.ref}' has no use with cond_type='t2v': add --cond_type i2v_head, or leave it out")
+    causal = Compression.of(AUTOENCODERS.get(cfg.ae.type)).causal
+    check_references(prompts, cond_type, cfg.model.get("cond_embed", False), causal, size, drawn=cfg.use_t2i2v)
+
+
+def _missing(wanted: Sequence[Job], folder: Path) -> list[Job]:
+    """The jobs whose sample is not there. What is there of another prompt is said: nobody would expect it."""
+    missing = [job for job in wanted if not job.path.exists()]
+    if len(missing) < len(wanted):
+        get_logger().info(f"{len(wanted) - len(missing)} of {len(wanted)} samples are in {folder} already: skipped")
+    others = [job for job in wanted if job.path.exists() and not _shows(job)]
+    if others:
+        get_logger().warning(
+            f"{len(others)} of them, the first {others[0].path.name}, show another prompt than yours: give another "
+            "--save-dir, or delete them to have them drawn anew"
+        )
+    return missing
+
+
+def _shows(job: Job) -> bool:
+    """Whether the sample that is there was drawn of the job's prompt, as far as the text beside it tells."""
+    try:
+        return job.path.with_suffix(".txt").read_text(encoding="utf-8").strip() == job.prompt.text.strip()
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def _refined(cfg, jobs: Sequence[Job], size: SampleSize, folder: Path) -> list[Job]:
+    prompts = list({job.prompt.index: job.prompt for job in jobs}.values())
+    refined = {prompt.index: prompt for prompt in refine(cfg, prompts, size.is_image, folder)}
+    return [replace(job, prompt=refined[job.prompt.index]) for job in jobs]
+
+
+def locate_weights(cfg) -> tuple[Path | None, Path | None]:
+    """What `model.from_pretrained` and `lora` mean, on this machine.
+
+    Raises:
+        FileNotFoundError: they are nowhere. ValueError, FileNotFoundError: they don't go together, or use_ema=True, but
+            there are no averaged weights.
+    """
+    if not cfg.model.get("from_pretrained"):
+        for name in ("use_ema", "lora"):
+            if cfg[name]:
+                raise ValueError(f"{name}={cfg[name]} needs weights: set --model.from-pretrained outputs/EXP or a file")
+        get_logger().warning("model.from_pretrained is not set: sampling from a model with random weights")
+        return None, None
+    weights, lora = find_weights(cfg.model.from_pretrained), cfg.lora and resolve_checkpoint(cfg.lora)
+    if cfg.use_ema or lora:
+        open_model(weights, cfg.use_ema, lora)
+    return weights, lora
+
+
+# ------------------------------------------------------------------------------------------- in the pipeline's terms
+
+
+def to_request(job: Job, cfg, size: SampleSize) -> Request:
+    """A job in the pipeline's terms."""
+    prompt = job.prompt
+    return Request(
+        text=model_text(prompt.description, size, cfg.fps_save, prompt.motion or cfg.motion_score),
+        seed=derive_seed(base_seed(cfg), prompt.index, job.sample),
+        negative=prompt.negative,
+        condition=condition_type(cfg) if prompt.references and not size.is_image else "t2v",
+        references=prompt.references,
+    )
+
+
+def to_image_request(job: Job, cfg) -> Request:
+    """The first frame of a job, as the image model is asked for it: with a seed of its own."""
+    prompt = job.prompt
+    return Request(prompt.description, derive_seed(base_seed(cfg), prompt.index, job.sample, "image"), prompt.negative)
+
+
+def base_seed(cfg) -> int:
+    seed = cfg.sampling_option.get("seed")
+    return cfg.seed if seed is None else seed
+
+
+def model_text(text: str, size: SampleSize, fps: float | None, motion_score: str | float | None) -> str:
+    """The prompt as the model reads it: videos are told their frame rate and motion score, as captions in training."""
+    if size.is_image:
+        return text
+    if fps is not None:
+        text = add_fps(text, fps)
+    return text if motion_score is None else add_motion_score(text, motion_score)
+
+
+def tags_of(job: Job, request: Request, cfg) -> dict[str, str]:
+    """What the sample's file is to say of it (`metadata.py`)."""
+    facts = {
+        "seed": base_seed(cfg),
+        "prompt_index": job.prompt.index,
+        "sample": job.sample,
+        "text": request.text,
+        "negative": request.negative,
+        "condition": request.condition,
+        "references": request.references,
+    }
+    return sample_tags(job.prompt.text, facts, cfg)

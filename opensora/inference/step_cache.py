@@ -1,0 +1,85 @@
+"""Model calls left out where a velocity would hardly change: the last one computed stands in for it.
+
+Along a trajectory the velocity changes about in proportion to the latents. Each computed call tells by how much:
+gain = |v - v'| / |x - x'|, against the call computed before it (mean absolute values). At a new x the relative change
+of v since the last computed call is estimated as gain * |x - x'| / |v'|, and below a threshold v' is used. Only the
+model's inputs and outputs are looked at, so this needs no second pass, and nothing of the model's inside.
+
+The idea of reusing by an estimated change is TeaCache's (Liu et al. 2024, arXiv:2411.19108), that of taking the
+estimate from measured outputs EasyCache's (Zhou et al. 2025, arXiv:2507.02860).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# velocity(x [N, L, D], t, branch, rows) -> [N, L, D]; rows: the places in the batch that x has, None for all
+Velocity = Callable[[Tensor, float, Hashable, Tensor | None], Tensor]
+
+
+@dataclass
+class _Known:
+    """The last computed call of each sample: its latents x, velocity v [B, L, D], and gain [B] (infinite: unknown)."""
+
+    x: Tensor
+    v: Tensor
+    gain: Tensor
+
+
+class StepCache:
+    """Calls `compute` for those samples of a batch, and of a guidance branch, that need it.
+
+    Each sample decides for itself, so a result does not depend on the batch.
+
+    threshold: relative change below which a velocity is used again; None: never, and nothing is kept.
+
+    Attributes:
+        asked, computed: velocities of single samples so far.
+    """
+
+    def __init__(self, compute: Velocity, threshold: float | None):
+        self._compute, self._threshold = compute, threshold
+        self._known: dict[Hashable, _Known] = {}
+        self.asked = self.computed = 0
+
+    @property
+    def reused(self) -> float:
+        """The share of velocities that were not computed."""
+        return 1 - self.computed / self.asked if self.asked else 0.0
+
+    def __call__(self, x: Tensor, t: float, branch: Hashable) -> Tensor:
+        """The velocity at x [B, L, D]."""
+        self.asked += len(x)
+        if self._threshold is None:
+            self.computed += len(x)
+            return self._compute(x, t, branch, None)
+        known = self._known.get(branch)
+        if known is None:
+            self.computed += len(x)
+            velocity = self._compute(x, t, branch, None)
+            self._known[branch] = _Known(x, velocity, x.new_full((len(x),), torch.inf))
+            return velocity
+        change = known.gain * _size(x - known.x) / _size(known.v)  # [B]
+        rows = torch.nonzero(~(change < self._threshold))[:, 0]
+        self.computed += len(rows)
+        if len(rows):
+            self._update(known, x, t, branch, rows)
+        return known.v
+
+    def _update(self, known: _Known, x: Tensor, t: float, branch: Hashable, rows: Tensor) -> None:
+        some = len(rows) < len(x)
+        new_x, old_x, old_v = (x[rows], known.x[rows], known.v[rows]) if some else (x, known.x, known.v)
+        new_v = self._compute(new_x, t, branch, rows if some else None)
+        gain = _size(new_v - old_v) / _size(new_x - old_x)
+        known.x = known.x.index_copy(0, rows, new_x)
+        known.v = known.v.index_copy(0, rows, new_v)
+        known.gain = known.gain.index_copy(0, rows, gain)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Mean absolute value of each sample, [B, L, D] -> [B]."""
+    return x.abs().mean(dim=(1, 2))
