@@ -133,7 +133,8 @@ def parse_overrides(arguments: Sequence[str], takes_several: Callable[[str], boo
         position += 1
         if not flag.startswith("--") or flag == "--":
             raise ValueError(
-                f"unexpected argument '{argument}': settings are given as --name value (quote a value that has spaces)"
+                f"unexpected argument '{argument}': settings are given as --name value (quote a value that has spaces; "
+                "`colossalai run` takes one pair of quotes off: give it two, \"'raining, sea'\")"
             )
         name = flag[2:].replace("-", "_")
         texts = [value] if equals else []

@@ -146,30 +146,30 @@ def check_plugin(cfg: Mapping[str, Any], world_size: int, where: str = "plugin")
             f"{config_name}.pp_size={settings['pp_size']}: there is no pipeline parallelism: set it to 1, and raise "
             "tp_size or sp_size"
         )
-    if settings.get("sp_size", 1) > 1 and not settings.get("enable_sequence_parallelism"):
+    if settings.get("sp_size", 1) > 1 and not settings.get("enable_sequence_parallelism", True):
         raise ValueError(
-            f"{config_name}.sp_size={settings['sp_size']} needs {config_name}.enable_sequence_parallelism=True, or "
-            "set it to 1"
+            f"{config_name}.sp_size={settings['sp_size']} contradicts {config_name}.enable_sequence_parallelism=False: "
+            "set the size to 1, or that to True"
         )
     if settings.get("zero_stage", 1) not in (0, 1, 2):
         raise ValueError(f"{config_name}.zero_stage={settings['zero_stage']} must be 0, 1 or 2")
     if plugin == "hybrid" and where == "plugin":
-        _check_parts(cfg["model"], parallel_sizes(cfg))
+        check_parts(cfg["model"], parallel_sizes(cfg))
 
 
-def _check_parts(model: Mapping[str, Any], sizes: ParallelSizes) -> None:
-    """The model's heads and features can be divided."""
+def check_parts(model: Mapping[str, Any], sizes: ParallelSizes, where: str = "model") -> None:
+    """The heads and features of a model can be divided."""
     heads, tensor, sequence = model["num_heads"], sizes.tensor, sizes.sequence
     if heads % tensor:
-        raise ValueError(f"plugin_config.tp_size={tensor} does not divide model.num_heads={heads}")
+        raise ValueError(f"plugin_config.tp_size={tensor} does not divide {where}.num_heads={heads}")
     features = int(model["hidden_size"] * model["mlp_ratio"])
     if features % tensor:
         raise ValueError(
-            f"plugin_config.tp_size={tensor} does not divide model.hidden_size * model.mlp_ratio = {features}"
+            f"plugin_config.tp_size={tensor} does not divide {where}.hidden_size * {where}.mlp_ratio = {features}"
         )
     if sizes.mode == "all_to_all" and heads // tensor % sequence:
         raise ValueError(
-            f"plugin_config.sp_size={sequence} does not divide model.num_heads={heads} (over tp_size={tensor}): "
+            f"plugin_config.sp_size={sequence} does not divide {where}.num_heads={heads} (over tp_size={tensor}): "
             "all_to_all splits heads; use sequence_parallelism_mode='ring_attn' or another sp_size"
         )
 

@@ -29,10 +29,10 @@ class ShapesWorld:
         return [config, "--dataset.data-path", self.table, *SMALL_MODEL, *FEW_SAMPLES, "--log-every", "1", *more]
 
     def run(
-        self, *command: str, ranks: int = 0, check: bool = True, timeout: float = 400
+        self, *command: str, ranks: int = 0, check: bool = True, timeout: float = 400, restarts: int = 0
     ) -> subprocess.CompletedProcess:
         """Run a script of the repository here as a user would; with `ranks`, under torchrun."""
-        process = self.start(*command, ranks=ranks)
+        process = self.start(*command, ranks=ranks, restarts=restarts)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -42,13 +42,19 @@ class ShapesWorld:
             assert process.returncode == 0, f"{command} exited with {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def start(self, script: str, *arguments: str, ranks: int = 0) -> subprocess.Popen:
+    def start(
+        self, script: str, *arguments: str, ranks: int = 0, restarts: int = 0, log: Path | None = None
+    ) -> subprocess.Popen:
+        """With `log`, what it says goes there and not into pipes."""
         launcher = [sys.executable]
         if ranks:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            launcher += ["--max-restarts", str(restarts)]
         command = [*launcher, str(REPOSITORY / script), *map(str, arguments)]
         others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE")  # a user without a login
         environment = {k: v for k, v in os.environ.items() if k not in others}
         environment |= {"OMP_NUM_THREADS": "1", "NETRC": os.devnull, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.root, env=environment, stdout=pipe, stderr=pipe, text=True)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if log is not None:
+            output = {"stdout": open(log, "w"), "stderr": subprocess.STDOUT}  # noqa: SIM115 - the process's own
+        return subprocess.Popen(command, cwd=self.root, env=environment, text=True, **output)

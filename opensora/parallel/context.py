@@ -77,6 +77,11 @@ class ParallelContext:
             backend, options = "gloo", {}
         if "RANK" not in os.environ:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over its restarts, and ranks would find the addresses of those before them.
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            options |= {"store": dist.PrefixStore(f"start{start}", store), "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, timeout=timeout, **options)
         host_group = dist.new_group(backend="gloo", timeout=timeout)
         rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -23,9 +23,11 @@ from opensora.models.weights import build_model
 from opensora.parallel.context import ParallelContext
 from opensora.parallel.engine import Engine
 from opensora.parallel.offload import HostBuffer
+from opensora.parallel.sequence import split_sequence
 from opensora.parallel.shardformer import apply_shardformer
+from opensora.parallel.sharing import share_autoencoder
 from opensora.registry import AUTOENCODERS, DATASETS, TEXT_ENCODERS
-from opensora.settings import check_text_width
+from opensora.settings import check_text_width, parallel_sizes
 from opensora.training.cache_facts import Caches, check_caches
 from opensora.training.encoders import CachedText, CachedVideo, TextEncoders, VideoEncoder
 from opensora.training.optim import build_optimizer
@@ -50,12 +52,15 @@ def build_data(cfg, context: ParallelContext, caches: Caches) -> tuple[BucketSam
     return sampler, build_loader(dataset, sampler, cfg.num_workers, cfg.prefetch_factor)
 
 
-def build_step(cfg, device: torch.device, caches: Caches) -> FlowMatchingStep:
-    """The step of a run; encoders whose work is in a cache are not built."""
-    dtype = to_torch_dtype(cfg.dtype)
+def build_step(cfg, context: ParallelContext, caches: Caches) -> FlowMatchingStep:
+    """The step of a run; encoders whose work is in a cache are not built. Ranks that see the same samples share the
+    autoencoder's work."""
+    dtype, device = to_torch_dtype(cfg.dtype), context.device
     video: VideoEncoder | CachedVideo
     if caches.video is None:
         video = build_video_encoder(cfg, device)
+        if context.model.process_group is not None:
+            share_autoencoder(video.autoencoder, context.model.process_group)
     else:
         posterior, is_causal = (caches.video.description[key] for key in ("posterior", "is_causal"))
         video = CachedVideo(posterior and Posterior(*posterior), is_causal, device, dtype)
@@ -99,6 +104,7 @@ def build_engine(cfg, context: ParallelContext, checkpoint: Path | None) -> Engi
     _check_condition_is_trained(cfg, lora)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = build_model(settings, dtype, context.device)
+    split_sequence(model, context.sequence, parallel_sizes(cfg).mode)
     recomputed = []
     if cfg.grad_checkpoint:
         recomputed = checkpoint_blocks(model, cfg.model.grad_ckpt_settings, cfg.model.grad_ckpt_policy)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
+import time
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from opensora.checkpoint_folder import list_checkpoints
 from opensora.common import get_logger, log_to_file
+from opensora.durable import HeldError, hold
 
 METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+EVALUATIONS_FILE = "eval.jsonl"
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -29,14 +30,18 @@ def default_experiment_name(config_file: str, now: datetime) -> str:
 class RunFolder:
     """A run's folder, held by one run at a time. Made and used on rank 0 alone.
 
+    Args:
+        resumes: this run goes on from a checkpoint in it.
+        patience_s: seconds to wait for a run that holds it and may be ending.
+
     Raises:
         ValueError: another run holds the folder, or a new run would write over one that has checkpoints.
     """
 
-    def __init__(self, path: Path, resumes: bool):
+    def __init__(self, path: Path, resumes: bool, patience_s: float = 0.0):
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold()
+        self._lock = self._hold(time.monotonic() + patience_s)
         if not resumes and list_checkpoints(path):
             raise ValueError(
                 f"exp_name='{path.name}': {path} already holds checkpoints; "
@@ -45,21 +50,16 @@ class RunFolder:
         for unfinished in path.glob(TEMPORARY_PREFIX + "*"):
             shutil.rmtree(unfinished)
 
-    def _hold(self):
-        # A POSIX lock: it ends with this process, however it ends, and forked data workers do not inherit it.
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise ValueError(
-                f"{self.path} is in use by another run ({lock.read().strip() or 'unknown process'}); "
-                "stop it, or choose another --exp-name"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        return lock
+    def _hold(self, until: float) -> IO[str]:
+        while True:
+            try:
+                return hold(self.path / ".lock")
+            except HeldError as error:
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"{self.path} is in use by another run ({error.holder}); stop it, or choose another --exp-name"
+                    ) from None
+                time.sleep(0.2)
 
     def write_config(self, text: str) -> None:
         (self.path / "config.txt").write_text(text)
@@ -76,16 +76,20 @@ class RunFolder:
 
     def cut_metrics(self, global_step: int) -> None:
         """Drop the lines of updates after `global_step`, which will be done again, and a line cut short by a kill."""
-        metrics = self.path / METRICS_FILE
-        if not metrics.exists():
-            return
-        kept = []
-        for line in metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= global_step:
-                    kept.append(line)
-            except json.JSONDecodeError:
-                continue
-        shorter = metrics.with_suffix(".tmp")
-        shorter.write_text("".join(line + "\n" for line in kept))
-        shorter.replace(metrics)
+        for name in (METRICS_FILE, EVALUATIONS_FILE):
+            if (self.path / name).exists():
+                _cut(self.path / name, global_step)
+
+
+def _cut(path: Path, global_step: int) -> None:
+    """Keep the lines of a file of JSON lines that are of updates up to `global_step`."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= global_step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(line + "\n" for line in kept))
+    shorter.replace(path)

@@ -15,6 +15,8 @@ from opensora.common import to_torch_dtype
 from opensora.data.aspect import resolution_sizes
 from opensora.data.shards import find_shards
 from opensora.diffusion.conditions import check_condition_config
+from opensora.inference.sampler import SamplerOptions
+from opensora.inference.settings import SamplingOption
 from opensora.models.lora import check_targets, targets_of
 from opensora.models.requirements import missing_requirements
 from opensora.models.text import text_width
@@ -36,6 +38,7 @@ from opensora.settings import (
     raise_unavailable,
 )
 from opensora.training.optim import OptimizerRegistry, takes_weight_decay
+from opensora.training.prompt_samples import eval_size, read_prompts
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 
@@ -72,6 +75,15 @@ class LoraSettings:
     )
     use_rslora: bool = setting(False, "the scale is lora_alpha / sqrt(r)")
     init_lora_weights: bool | Literal["gaussian"] = setting(True, "True: uniform, as linear layers are; or gaussian")
+
+
+@dataclass(kw_only=True)
+class EvalOption(SamplingOption):
+    """How samples are drawn while training: as `sampling_option` at inference, but for the size of the data."""
+
+    resolution: str | None = setting(None, "256px, 768px, ...: the pixel budget; None: the lowest of bucket_config")
+    aspect_ratio: str | None = setting("16:9", "width:height")
+    num_frames: int | None = setting(None, "4n + 1; 1 draws an image; None: the most that bucket_config has there")
 
 
 @dataclass(kw_only=True)
@@ -124,6 +136,10 @@ class TrainSettings:
     use_cosine_scheduler: bool = setting(False, "let the learning rate fall to 0 at the end of the run")
     grad_clip: float | None = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
     accumulation_steps: int = setting(1, "micro-batches of a rank in one update")
+    max_skipped_in_row: int = setting(5, "stop when so many updates in a row had no finite loss or gradient")
+    skip_spikes: float | None = setting(
+        None, "skip updates whose gradient norm is over so many times the median of the last 100"
+    )
     ema_decay: float | None = setting(None, "keep an exponential moving average of the weights, e.g. 0.9999")
     lora_config: LoraSettings | None = setting(
         None, 'train low-rank adapters of model.from_pretrained, not its weights, e.g. "dict(r=16, lora_alpha=16)"'
@@ -132,14 +148,17 @@ class TrainSettings:
 
     # ---- precision, memory, devices
     dtype: str = setting("bf16", "what the model computes in: bf16 (with fp32 master weights) or fp32")
-    plugin: str = setting("zero2", "how ranks share the optimizer: zero1 or zero2")
+    plugin: str = setting("zero2", "how ranks share the work: zero1, zero2, or hybrid (tensor, sequence parallel)")
     plugin_config: PluginSettings = setting(doc="arguments of the plugin")
     grad_checkpoint: bool = setting(True, "recompute blocks in the backward pass, as model.grad_ckpt_settings says")
     grad_ckpt_settings: tuple[int, int] | None = setting(None, "stands for model.grad_ckpt_settings")
     grad_ckpt_buffer_size: int = setting(
         0, "bytes of page-locked host memory, per process, in which recomputed blocks' inputs wait; 0: on the device"
     )
-    dist_timeout: float = setting(1800.0, "seconds after which a rank that waits for the others gives up")
+    oom_policy: Literal["stop", "shrink"] = setting(
+        "stop", "out of memory: stop; or shrink: also halve that bucket's batches when the run is started again"
+    )
+    dist_timeout: float = setting(1800.0, "seconds after which a rank that waits gives up, and says where")
 
     # ---- the run
     seed: int = setting(42, "of initial weights, the order of the data and every random choice about a sample")
@@ -148,8 +167,23 @@ class TrainSettings:
     load: str | list[str] | None = setting(
         None, "continue from a checkpoint, the newest of several, or a run's newest", several=True
     )
+    auto_resume: bool = setting(
+        False, "continue from the newest checkpoint of exp_name's folder, if it has one; else as load says"
+    )
     start_epoch: int | None = setting(None, "with --load: the epoch to go on with")
     start_step: int | None = setting(None, "with --load: the micro-batch of that epoch to go on with")
+
+    # ---- evaluation
+    eval_every: int = setting(0, "updates between evaluations of the (averaged) weights; 0: none")
+    eval_prompts: str | list[str] | None = setting(
+        None, "samples are drawn of these: prompts, or a file of them (csv or txt)", several=True
+    )
+    eval_option: EvalOption = setting(doc="how")
+    eval_data_path: str | None = setting(
+        None, "table of samples that are not trained on, whose loss is computed; None: of some that are"
+    )
+    eval_samples: int = setting(16, "of each clip size and length, for that loss; 0: no loss")
+    eval_times: list[float] = setting([0.1, 0.3, 0.5, 0.7, 0.9], "at which it is computed: 0 is data, 1 is noise")
 
     # ---- what it leaves
     outputs: str = setting("outputs", "folder of the run folders")
@@ -157,7 +191,9 @@ class TrainSettings:
     log_every: int = setting(10, "updates between lines of the log")
     ckpt_every: int = setting(2000, "updates between checkpoints; 0: only at the end")
     keep_n_latest: int | None = setting(None, "checkpoints that are kept; None: all")
-    async_io: bool = setting(False, "write checkpoints in the background (a later version)")
+    keep_every: int | None = setting(None, "checkpoints of every so many updates are kept for ever; None: none")
+    async_io: bool = setting(False, "write checkpoints in the background: training waits only for a copy in memory")
+    verify_checkpoint: bool = setting(True, "compare what --load reads with its checksums; False: sizes alone")
     wandb: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("mmdit", "its project")
     save_master_weights: bool = setting(ABSENT, legacy="checkpoints always hold the fp32 master weights")
@@ -181,12 +217,23 @@ LEAST = {
     "ae_spatial_compression": 1,
     "ckpt_every": 0,
     "epochs": 1,
+    "eval_every": 0,
+    "eval_option.flow_shift": 0,
+    "eval_option.guidance": 0,
+    "eval_option.height": 1,
+    "eval_option.num_frames": 1,
+    "eval_option.num_steps": 1,
+    "eval_option.seed": 0,
+    "eval_option.width": 1,
+    "eval_samples": 0,
     "grad_ckpt_buffer_size": 0,
     "grad_clip": 0,
+    "keep_every": 1,
     "keep_n_latest": 1,
     "log_every": 1,
     "lora_config.lora_alpha": 1,
     "lora_config.r": 1,
+    "max_skipped_in_row": 1,
     "max_steps": 0,
     "num_workers": 0,
     "optim.eps": 0,
@@ -221,6 +268,25 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     _check_buckets(cfg)
     _check_conditions(cfg)
     _check_table(get(cfg, "dataset.data_path"))
+    _check_survival(cfg)
+    _check_evaluation(cfg)
+
+
+def _check_survival(cfg: Mapping[str, Any]) -> None:
+    if cfg["auto_resume"] and not cfg["exp_name"]:
+        raise ValueError(
+            "auto_resume=True continues the run of a name, and without exp_name each start makes a new folder: set "
+            "--exp-name NAME"
+        )
+    if cfg["oom_policy"] == "shrink" and not cfg["auto_resume"]:
+        raise ValueError(
+            "oom_policy='shrink' halves a bucket when the run is started again: set --auto-resume True (and let "
+            "torchrun --max-restarts N start it)"
+        )
+    if cfg["skip_spikes"] is not None and not cfg["skip_spikes"] > 1:
+        raise ValueError(
+            f"skip_spikes={cfg['skip_spikes']} must be above 1 (times the median), e.g. 10; None skips none"
+        )
 
 
 def _check_optimization(cfg: Mapping[str, Any]) -> None:
@@ -308,32 +374,38 @@ def _check_conditions(cfg: Mapping[str, Any]) -> None:
     check_condition_config(cfg["condition_config"])
 
 
-def _check_table(path: str | None) -> None:
+def _check_evaluation(cfg: Mapping[str, Any]) -> None:
+    if not cfg["eval_every"]:
+        for name in ("eval_prompts", "eval_data_path"):
+            if cfg[name]:
+                raise ValueError(f"{name}={cfg[name]!r} has no use with eval_every=0: set --eval-every 500")
+        return
+    if not cfg["eval_prompts"] and not cfg["eval_samples"]:
+        raise ValueError("eval_every: there is nothing to evaluate: set --eval-prompts FILE, or --eval-samples 16")
+    if cfg["eval_prompts"]:
+        SamplerOptions.from_config(cfg["eval_option"])
+        check_frames(eval_size(cfg).num_frames, cfg["ae"], "eval_option.num_frames")
+    if cfg["eval_samples"] and not cfg["eval_times"]:
+        raise ValueError("eval_times=[] gives the loss no time: set e.g. --eval-times [0.3,0.7], or --eval-samples 0")
+    for time in cfg["eval_times"]:
+        if not 0 < time <= 1:
+            raise ValueError(f"eval_times={list(cfg['eval_times'])}: {time} must be above 0, which is data, up to 1")
+    if cfg["eval_data_path"]:
+        _check_table(cfg["eval_data_path"], "eval_data_path")
+
+
+def _check_table(path: str | None, where: str = "dataset.data_path") -> None:
     if path is None:
         raise ValueError("dataset.data_path is not set: give the table of videos, --dataset.data-path TABLE.csv")
     if Path(path).suffix.lower() not in TABLE_SUFFIXES and not Path(path).is_dir():
         raise ValueError(
-            f"dataset.data_path='{path}' is no table: a {' or '.join(TABLE_SUFFIXES)} file, or a folder of its shards"
+            f"{where}='{path}' is no table: a {' or '.join(TABLE_SUFFIXES)} file, or a folder of its shards"
         )
 
 
 def require_available(cfg: Mapping[str, Any]) -> None:
     """ValueError that says which of the settings need what a later version brings, and what to do today."""
     reasons = []
-    if cfg["plugin"] == "hybrid":
-        kept = {k: v for k, v in cfg["plugin_config"].items() if k in ("reduce_bucket_size_in_m", "overlap_allgather")}
-        reasons.append(
-            "plugin='hybrid': tensor and sequence parallelism are not available in this version: "
-            f'set --plugin zero2 --plugin_config "{kept}"'
-        )
-    later = {
-        "async_io": "set --async-io False: checkpoints are written before the next step",
-    }
-    reasons += [
-        f"{name}={get(cfg, name)} is not available in this version: {remedy}"
-        for name, remedy in later.items()
-        if get(cfg, name)
-    ]
     if cfg["dtype"] not in ("bf16", "fp32", "float32"):
         reasons.append(
             f"dtype='{cfg['dtype']}' is not available for training in this version: set --dtype bf16 or fp32"
@@ -349,5 +421,10 @@ def check_paths(cfg: Mapping[str, Any]) -> None:
         raise FileNotFoundError(
             f"dataset.data_path='{path}' does not exist: make it with scripts/cnv/meta.py (see datasets/README.md)"
         )
+    if cfg["eval_data_path"] and not Path(cfg["eval_data_path"]).exists():
+        raise FileNotFoundError(
+            f"eval_data_path='{cfg['eval_data_path']}' does not exist: make it with scripts/cnv/meta.py"
+        )
+    read_prompts(cfg["eval_prompts"])
     check_weights(cfg, ("model", "ae", "t5", "clip"))
     check_text_widths(cfg, text_width)

@@ -38,6 +38,8 @@ class UpdateMetrics:
         grad_norm: global L2 norm before clipping.
         samples, tokens: in this update; tokens are text and video tokens of the transformer.
         seconds: by phase, on rank 0; `checkpoint` is the time of the save before this update, if there was one.
+        skipped: updates of the run so far that were counted but not made (see `callbacks.UpdateGuard`).
+        clip: frames, and height and width in latents, of the clips of rank 0's last micro-batch.
     """
 
     step: int
@@ -48,3 +50,5 @@ class UpdateMetrics:
     samples: int
     tokens: int
     seconds: dict[str, float]
+    skipped: int = 0
+    clip: tuple[int, ...] = ()

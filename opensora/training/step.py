@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,12 @@ class FlowMatchingStep:
         self.device, self.dtype, self.patch_size = device, dtype, patch_size
         self.condition_config = condition_config
         self.guidance_embed = guidance_embed
+
+    def with_encoders(self, video: VideoEncoder | CachedVideo, text: TextEncoders | CachedText) -> FlowMatchingStep:
+        """The same step with other encoders."""
+        step = copy.copy(self)
+        step.video, step.text = video, text
+        return step
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> StepInputs:

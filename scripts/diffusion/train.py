@@ -20,9 +20,13 @@ def main(argv: list[str]) -> None:
     from opensora.parallel.context import ParallelContext
     from opensora.training.trainer import Trainer
 
-    context = ParallelContext.create(cfg.dist_timeout)
+    # The watchdog, which says where a rank waits, is to be before the collectives, which do not.
+    context = ParallelContext.create(cfg.dist_timeout + 60)
     try:
         Trainer(cfg, context).run()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     finally:
         context.close()
 

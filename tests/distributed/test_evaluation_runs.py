@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import assert_same_end, metrics, numbers, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,8 +36,9 @@ def evaluations(run):
     [
         ["--dtype", "bf16", "--plugin_config", "{'overlap_allgather': True}"],
         ["--dtype", "fp32", "--plugin", "zero1", "--accumulation-steps", "2"],
+        ["--dtype", "bf16", "--plugin", "hybrid", "--plugin_config", "{'tp_size': 2, 'zero_stage': 1}"],
     ],
-    ids=["bf16 zero2", "fp32 zero1"],
+    ids=["bf16 zero2", "fp32 zero1", "bf16 tensor parallel"],
 )
 def test_training_does_not_notice(two_ranks, shapes, tmp_path, settings):
     common = [*COMMON, *settings, "--outputs", str(tmp_path)]
@@ -57,39 +59,29 @@ def test_samples_are_those_of_inference_with_the_averaged_weights(two_ranks, sha
     run, prompts = tmp_path / "run", tmp_path / "list.txt"
     prompts.write_text("\n".join(PROMPTS))
     arguments = [*COMMON, *EVALUATE, "--dtype", "fp32", "--outputs", str(tmp_path), "--exp-name", "run"]
-    arguments += ["--eval-samples", "0", "--eval-prompts", str(prompts)]
+    arguments += ["--eval-samples", "0", "--eval-prompts", str(prompts), "--eval-option.num-frames", "1"]
+    arguments += ["--lr", "0.02", "--warmup-steps", "0"]  # so that two updates are seen
     two_ranks(train, shapes.root, shapes.train_arguments(*arguments))
     config = tmp_path / "sampling.py"
     settings = json.loads((run / "config.txt").read_text())
     parts = {key: settings[key] for key in ("model", "ae", "t5", "clip")}
     parts["model"] = {key: value for key, value in parts["model"].items() if not key.startswith("grad_ckpt")}
-    option = {"resolution": "64px", "aspect_ratio": "1:1", "num_frames": 9, "num_steps": 2}
+    option = {"resolution": "64px", "aspect_ratio": "1:1", "num_frames": 1, "num_steps": 2}
     config.write_text("\n".join(f"{key} = {value!r}" for key, value in parts.items()))
     with open(config, "a") as file:
         file.write(f"\ndtype = 'fp32'\nfps_save = 12\nuse_ema = True\nsampling_option = {option}\n")
-    samples = [
-        "--dataset.data-path",
-        str(prompts),
-        "--save-dir",
-        str(tmp_path / "samples"),
-        "--model.from_pretrained",
-        str(run),
-    ]
-    shapes.run("scripts/diffusion/inference.py", str(config), *samples)
-    for i in range(len(PROMPTS)):
-        ours, theirs = run / f"eval/step0000004/list_{i:04d}.mp4", tmp_path / f"samples/video_64px/list_{i:04d}.mp4"
-        assert np.array_equal(frames(ours), frames(theirs))
-    first, second = (frames(run / f"eval/step000000{step}/list_0000.mp4").astype(int) for step in (2, 4))
-    assert np.abs(first - second).max() > 0
+    where = ["--save-dir", str(tmp_path / "samples"), "--model.from_pretrained", str(run)]
+    shapes.run("scripts/diffusion/inference.py", str(config), "--dataset.data-path", str(prompts), *where)
+    for name in (f"list_{i:04d}.png" for i in range(len(PROMPTS))):
+        first, last = (pixels(run / f"eval/step000000{step}" / name) for step in (2, 4))
+        # there the texts are embedded in one batch, which rounds in another way
+        assert np.abs(last - pixels(tmp_path / "samples/image_64px" / name)).max() <= 1
+        assert np.abs(last - first).max() > 1
     assert [len(line["samples"]) for line in evaluations(run)] == [3, 3] and "loss" not in evaluations(run)[0]
 
-    events = EventAccumulator(str(run / "tensorboard"), {"images": 0}).Reload()
-    gifs = events.Images("eval/list_0001")
-    assert [gif.step for gif in gifs] == [2, 4] and gifs[0].encoded_image_string.startswith(b"GIF89a")
 
-
-def frames(path):
-    return read_clip(str(path), np.arange(9), 64, 64, "fast").numpy()
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def held_out_table(shapes, tmp_path, rows):
@@ -110,8 +102,8 @@ def naive_loss(cfg, weights, row, index, time):
     model.load_state_dict(weights)
     ae = build_frozen(AUTOENCODERS, cfg.ae, "ae", torch.float32, "cpu")
     t5, clip = (build_frozen(TEXT_ENCODERS, cfg[name], name, torch.float32, "cpu") for name in ("t5", "clip"))
-    start = (int(row["num_frames"]) - 9) // 2  # the middle of the places where a clip may begin
-    video = normalise(read_clip(row["path"], np.arange(start, start + 9), 64, 64, "fast"), torch.float32)
+    assert int(row["num_frames"]) == 9  # there is one place where the clip may begin
+    video = normalise(read_clip(row["path"], np.arange(9), 64, 64, "fast"), torch.float32)
     data = ae.encode(video[None])[0]  # this autoencoder draws no noise
     channels, t, h, w = data.shape
     generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "held out", index))
@@ -136,13 +128,25 @@ def naive_loss(cfg, weights, row, index, time):
     return float(((prediction - patches((1 - 1e-5) * noise - data)) ** 2).mean())
 
 
-@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
-def test_the_loss_of_held_out_samples(request, shapes, tmp_path, monkeypatch, ranks):
+SEQUENCE = {"sp_size": 2, "enable_sequence_parallelism": True, "sequence_parallelism_mode": "all_to_all"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        ("one_rank", []),
+        ("two_ranks", []),
+        ("two_ranks", ["--plugin", "hybrid", "--plugin_config", str({"zero_stage": 2, **SEQUENCE})]),
+    ],
+    ids=["one rank", "two ranks", "sequence parallel"],
+)
+def test_the_loss_of_held_out_samples(request, shapes, tmp_path, monkeypatch, ranks, settings):
     monkeypatch.chdir(shapes.root)
     table, rows = held_out_table(shapes, tmp_path, 3)
     arguments = [*COMMON, "--dtype", "fp32", "--outputs", str(tmp_path), "--exp-name", "run", "--eval-every", "4"]
     arguments += ["--eval-data-path", str(table), "--eval-times", "[0.25,0.75]", "--condition_config", "{'t2v': 1}"]
-    arguments = shapes.train_arguments(*arguments, "--dataset.fps-max", "none")  # captions don't tell the rate
+    arguments += [*settings, "--dataset.fps-max", "none"]  # captions don't tell the rate
+    arguments = shapes.train_arguments(*arguments)
     request.getfixturevalue(ranks)(train, shapes.root, arguments)
     (found,) = evaluations(tmp_path / "run")
     assert found["samples"] == [] and list(found["by_clip"]) == ["64px/9"] and found["averaged"]
@@ -166,3 +170,7 @@ def test_a_resumed_run_has_each_evaluation_once(two_ranks, shapes, tmp_path):
     load = ["--load", str(tmp_path / "run/epoch0-global_step3")]
     two_ranks(train, shapes.root, shapes.train_arguments(*common, *load))
     assert [line["step"] for line in evaluations(tmp_path / "run")] == [2, 4]
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0}).Reload()
+    gifs = events.Images("eval/prompt_0000")
+    assert {gif.step for gif in gifs} == {2, 4} and gifs[0].encoded_image_string.startswith(b"GIF89a")

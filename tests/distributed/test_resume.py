@@ -13,7 +13,7 @@ EMA = ["--ema-decay", "0.9"]
     [
         ("two data workers, bf16", 3, 6, ["--num-workers", "2", "--dtype", "bf16"]),
         ("accumulation, fp32", 2, 5, ["--accumulation-steps", "2", "--dtype", "fp32", "--num-workers", "0"]),
-        ("zero1", 1, 3, ["--plugin", "zero1", "--num-workers", "0"]),
+        ("zero1, saved in the background", 1, 3, ["--plugin", "zero1", "--num-workers", "0", "--async-io", "True"]),
     ],
 )
 def test_resume_is_exact(two_ranks, shapes, tmp_path, name, stop, end, settings):

@@ -12,7 +12,7 @@ SETTINGS_MISTAKES = [
     (["--dataset.data-path", "datasets/absent.csv"], "datasets/absent.csv"),
     (["--load", "outputs/absent"], "outputs/absent"),
     (["--ae.from-pretrained", "ckpts/absent.safetensors"], "ckpts/absent.safetensors"),
-    (["--plugin", "hybrid"], "plugin='hybrid': .*not available in this version"),
+    (["--plugin", "hybrid", "--plugin_config", "dict(sp_size=2)"], "sp_size=2 = 2 does not divide .* 1 processes"),
     (["--plugin-config", "{'reduce_bucket_sise_in_m': 1}"], "reduce_bucket_sise_in_m"),
     (["--lora-config", "{'r': 8}"], "lora_config"),
 ]

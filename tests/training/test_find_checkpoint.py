@@ -18,7 +18,8 @@ def checkpoint(tmp_path):
 
 
 def config(checkpoint, **model):
-    return Config({"load": str(checkpoint), "lora_config": None, "model": model})
+    settings = {"load": str(checkpoint), "verify_checkpoint": True, "lora_config": None, "model": model}
+    return Config(settings)
 
 
 def test_the_same_layout_is_resumed(checkpoint):

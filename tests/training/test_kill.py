@@ -58,12 +58,12 @@ def undisturbed(shapes, tmp_path_factory) -> Path:
     return outputs / "whole"
 
 
-@pytest.mark.parametrize("moment", ["during a save", "at a random moment"])
+@pytest.mark.parametrize("moment", ["during a save", "during a save in the background", "at a random moment"])
 def test_kill_9_and_resume(shapes, undisturbed, tmp_path, moment):
     """The launcher is killed: its ranks end with it, and the newest whole checkpoint continues to the same end."""
-    run = tmp_path / "run"
-    process = shapes.start("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run"), ranks=2)
-    if moment == "during a save":
+    run, background = tmp_path / "run", ["--async-io", str("background" in moment)]
+    process = shapes.start("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run", *background), ranks=2)
+    if moment != "at a random moment":
         wait_until(lambda: list_checkpoints(run) and any(run.glob(".tmp-epoch*")))
     else:
         wait_until(lambda: list_checkpoints(run))
@@ -108,3 +108,17 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint(shapes, tmp_path):
     assert result.returncode != 0
     assert "saving" in result.stderr and "the checkpoints before it are intact" in result.stderr
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["epoch0-global_step1"]
+
+
+def test_a_loader_worker_that_dies_is_one_line_and_the_end_of_all(shapes, tmp_path):
+    """Of rank 1, in the middle of the run, as the kernel does when memory runs out."""
+    process = shapes.start("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run"), ranks=2)
+    wait_until(lambda: list_checkpoints(tmp_path / "run"))
+    everyone = children(process.pid)
+    rank = next(pid for pid in everyone if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(next(pid for pid in children(rank) if children(pid)), signal.SIGKILL)  # the one that has one that decodes
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    lines = [line for line in out.splitlines() if "a worker process of the data loader died (SIGKILL)" in line]
+    assert len(lines) == 1 and "error: rank 1: " in lines[0] and "--num-workers (now 2)" in lines[0]
+    wait_until(lambda: not any(map(alive, everyone)), seconds=30)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 from datetime import datetime
 
 import pytest
@@ -32,6 +33,14 @@ def test_a_folder_is_held_by_one_run_and_freed_by_its_death(tmp_path):
     holder.kill()
     holder.wait()
     RunFolder(tmp_path, resumes=True)
+
+
+def test_a_run_that_is_restarted_waits_for_the_end_of_the_one_before(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.5, holder.kill).start()
+    RunFolder(tmp_path, resumes=True, patience_s=30)
+    assert holder.wait() != 0
 
 
 def test_a_new_run_does_not_write_over_checkpoints(tmp_path):

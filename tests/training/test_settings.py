@@ -7,6 +7,7 @@ import json
 import pytest
 
 from opensora.config import load_config
+from opensora.training.prompt_samples import eval_size
 from opensora.training.settings import OPTIMIZERS, TrainSettings, check_paths, require_available, validate
 
 CONFIG = """
@@ -102,6 +103,10 @@ RULES = [
     ("--optim.weight-decay -1", "optim.weight_decay=-1.0 must be at least 0"),
     ("--optim.betas (0.9,1.0)", "optim.betas=(0.9, 1.0) must be in [0, 1)"),
     ("--ema-decay 1", "ema_decay=1.0 must be between 0 and 1"),
+    ("--max-skipped-in-row 0", "max_skipped_in_row=0 must be at least 1"),
+    ("--skip-spikes 1", "skip_spikes=1.0 must be above 1"),
+    ("--auto-resume True", "without exp_name each start makes a new folder: set --exp-name NAME"),
+    ("--oom-policy shrink --exp-name a", "set --auto-resume True (and let torchrun --max-restarts N start it)"),
     ("--dropout_ratio.t5 1.5", "dropout_ratio.t5=1.5 must be a probability"),
     ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
     ("--lora-config dict(r=8)", "lora_config needs weights to adapt: set --model.from-pretrained FILE"),
@@ -201,6 +206,9 @@ def test_legal_settings(load, overrides):
         ),
         ("sp_size=8,sequence_parallelism_mode='ring_attn'", 8, None),
         ("sp_size=0", 8, "plugin_config.sp_size=0 must be at least 1"),
+        ("sp_size=2,enable_sequence_parallelism=False", 8, "plugin_config.sp_size=2 contradicts plugin_config.enable_"),
+        ("pp_size=2", 8, "plugin_config.pp_size=2: there is no pipeline parallelism: set it to 1"),
+        ("zero_stage=3", 8, "plugin_config.zero_stage=3 must be 0, 1 or 2"),
     ],
 )
 def test_groups_divide_the_job(load, sizes, world_size, complaint):
@@ -224,11 +232,6 @@ def test_latents_fit_the_model_where_both_are_known(load):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (
-            "--plugin hybrid",
-            "plugin='hybrid': tensor and sequence parallelism are not available in this version: set --plugin zero2",
-        ),
-        ("--async-io True", "async_io=True is not available in this version: set --async-io False"),
         ("--dtype fp16", "dtype='fp16' is not available for training in this version: set --dtype bf16 or fp32"),
     ],
 )
@@ -276,3 +279,49 @@ def test_text_encoders_are_as_wide_as_the_model_takes_them(load):
     assert "is 32 wide: set --model.context-in-dim 32" in one_line(error)
     with pytest.raises(ValueError, match=r"model\.vec_in_dim=48, but clip"):
         check_paths(load("--model.vec-in-dim", "48"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ("--eval-prompts a", "eval_prompts='a' has no use with eval_every=0: set --eval-every 500"),
+        ("--eval-data-path {folder}/table.csv", "has no use with eval_every=0"),
+        ("--eval-every 5 --eval-samples 0", "there is nothing to evaluate"),
+        ("--eval-every -1", "eval_every=-1 must be at least 0"),
+        ("--eval-every 5 --eval-times [0.5,0]", "eval_times=[0.5, 0.0]: 0.0 must be above 0"),
+        ("--eval-every 5 --eval-times []", "eval_times=[] gives the loss no time"),
+        ("--eval-every 5 --eval-data-path x.txt", "eval_data_path='x.txt' is no table"),
+        ("--eval-every 5 --eval-prompts a --eval-option.num-frames 7", "num_frames"),
+        ("--eval-every 5 --eval-prompts a --eval-option.aspect-ratio 7:5", "7:5"),
+        ("--eval-every 5 --eval-prompts a --eval-option.method x", "method='x' is unknown"),
+        ("--eval-every 5 --eval-option.steps 7", "eval_option.steps"),
+    ],
+)
+def test_evaluations_that_cannot_be(load, folder, overrides, complaint):
+    with pytest.raises(ValueError) as error:
+        validate(load(*overrides.format(folder=folder).split()), 1)
+    assert complaint in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ("--eval-data-path {folder}/none.csv", "none.csv' does not exist: make it with scripts/cnv/meta.py"),
+        ("--eval-prompts {folder}/none.txt", "eval_prompts={folder}/none.txt: there is no such file"),
+        ("--eval-prompts {folder}/refs.csv", "samples while training are of text alone"),
+        ("--eval-prompts {folder}/table.csv", "eval_prompts={folder}/table.csv: there is no prompt in it"),
+    ],
+)
+def test_files_of_evaluations(load, folder, overrides, complaint):
+    (folder / "refs.csv").write_text("text,ref\na,b.png\n")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        check_paths(load("--eval-every", "5", *overrides.format(folder=folder).split()))
+    assert complaint.format(folder=folder) in one_line(error)
+
+
+def test_samples_have_the_size_of_the_lowest_resolution_if_nothing_else_is_said(load):
+    size = eval_size(load())
+    assert (size.num_frames, size.name) == (9, "64px") and size.width > size.height
+    chosen = ("--eval-option.resolution", "128px", "--eval-option.aspect-ratio", "1:1", "--eval-option.num-frames", "1")
+    size = eval_size(load(*chosen))
+    assert (size.num_frames, size.height, size.width, size.name) == (1, 128, 128, "128px")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
 
-from opensora.common import get_logger
 from opensora.training.callbacks.base import Callback
 from opensora.training.state import UpdateMetrics
 
 
 class Checkpoints(Callback):
-    """Saves every `every` updates, and at the end of the run."""
+    """Saves every `every` updates, when the ranks are asked to, and at the end of the run."""
 
     def __init__(self, every: int):
         self._every = every
@@ -21,7 +19,7 @@ class Checkpoints(Callback):
         self._saved_at = trainer.resumed_at
 
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:
-        if self._every and metrics.step % self._every == 0:
+        if trainer.requests.save or (self._every and metrics.step % self._every == 0):
             self._save(trainer)
 
     def on_end(self, trainer) -> None:
@@ -29,11 +27,9 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer) -> None:
-        begin = time.perf_counter()
         with trainer.timer("checkpoint", on_device=False):
-            folder = trainer.save_checkpoint()
+            trainer.save_checkpoint()
         self._saved_at = trainer.state.global_step
-        get_logger().info(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
 
 
 class GarbageCollection(Callback):

@@ -15,6 +15,8 @@ import torch
 from opensora.common import get_logger
 from opensora.models.text import cut_summary
 from opensora.training.callbacks.base import Callback
+from opensora.training.callbacks.evaluation_media import add_samples, evaluation_scalars, wandb_samples
+from opensora.training.evaluation import Evaluation
 from opensora.training.run_folder import METRICS_FILE, REJECTED_FILE
 from opensora.training.state import UpdateMetrics
 
@@ -66,12 +68,13 @@ class CutCaptions(Callback):
 
 def scalars(metrics: UpdateMetrics) -> dict[str, float]:
     """The plotted numbers of an update by name; "loss" is the documented one."""
-    seconds = sum(metrics.seconds.values())
+    seconds = sum(metrics.seconds.values()) - metrics.seconds.get("eval", 0.0)
     return {
         "loss": metrics.loss,
         "grad_norm": metrics.grad_norm,
         "lr": metrics.lr,
         "epoch": metrics.epoch,
+        "skipped": metrics.skipped,
         "samples_per_second": metrics.samples / seconds,
         "tokens_per_second": metrics.tokens / seconds,
         **{f"seconds/{phase}": value for phase, value in metrics.seconds.items()},
@@ -92,6 +95,11 @@ class TensorBoard(Callback):
         if metrics.step % self._every == 0:
             for name, value in scalars(metrics).items():
                 self._writer.add_scalar(name, value, metrics.step)
+
+    def on_evaluation(self, trainer, evaluation: Evaluation) -> None:
+        for name, value in evaluation_scalars(evaluation).items():
+            self._writer.add_scalar(name, value, evaluation.step)
+        add_samples(self._writer, evaluation)
 
     def close(self) -> None:
         self._writer.close()
@@ -121,6 +129,9 @@ class WeightsAndBiases(Callback):
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:
         if metrics.step % self._every == 0:
             self._run.log(scalars(metrics), step=metrics.step)
+
+    def on_evaluation(self, trainer, evaluation: Evaluation) -> None:
+        self._run.log({**evaluation_scalars(evaluation), **wandb_samples(evaluation)}, step=evaluation.step)
 
     def close(self) -> None:
         self._run.finish()

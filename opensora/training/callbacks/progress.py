@@ -33,17 +33,18 @@ class Progress(Callback):
                 mininterval=0.5,
                 dynamic_ncols=True,
             )
-        self._since, self._samples, self._updates = time.perf_counter(), 0, 0
+        self._begin_window()
 
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:
         self._samples += metrics.samples
         self._updates += 1
+        self._evaluating += metrics.seconds.get("eval", 0.0)
         seconds = time.perf_counter() - self._since
         shown = {
             "loss": f"{metrics.loss:.4f}",
             "grad_norm": f"{metrics.grad_norm:.3f}",
             "lr": f"{metrics.lr:.2e}",
-            "samples/s": f"{self._samples / seconds:.1f}",
+            "samples/s": f"{self._samples / (seconds - self._evaluating):.1f}",
         }
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
@@ -53,7 +54,10 @@ class Progress(Callback):
             left = (trainer.total_updates - metrics.step) * seconds / self._updates
             line = f"epoch {metrics.epoch}  step {metrics.step}/{trainer.total_updates}  {values}  left {_clock(left)}"
             get_logger().info(line)
-            self._since, self._samples, self._updates = time.perf_counter(), 0, 0
+            self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._since, self._samples, self._updates, self._evaluating = time.perf_counter(), 0, 0, 0.0
 
     def close(self) -> None:
         if self._bar is not None:
