@@ -69,9 +69,9 @@ class ParallelSizes(NamedTuple):
 
 def parallel_sizes(cfg: Mapping[str, Any], where: str = "plugin") -> ParallelSizes:
     """What "plugin" or "plugin_ae", and its settings, ask for."""
-    settings = cfg[where.replace("plugin", "plugin_config")]
     if cfg[where] != "hybrid":
         return ParallelSizes()
+    settings = cfg[where.replace("plugin", "plugin_config")]
     mode = settings.get("sequence_parallelism_mode") or ParallelSizes().mode
     return ParallelSizes(settings.get("tp_size", 1), settings.get("sp_size", 1), mode)
 

@@ -40,7 +40,9 @@ def test_train_leaves_the_documented_files(experiment):
     assert [line["step"] for line in lines] == [1, 2, 3]
     seconds = {"data", "encode", "forward_backward", "optimizer", "checkpoint"}
     for line in lines:
-        assert {"step", "epoch", "loss", "grad_norm", "lr", "samples", "tokens", "seconds"} == set(line)
+        assert {"step", "epoch", "loss", "grad_norm", "lr", "samples", "tokens", "seconds", "skipped", "clip"} == set(
+            line
+        )
         assert set(line["seconds"]) == seconds
     assert lines[2]["seconds"]["checkpoint"] > 0
     assert "step 3/3" in (experiment / "log.txt").read_text()

@@ -60,10 +60,11 @@ def script_module(path: str):
 LOADED_BY = {
     "scripts/diffusion/train.py": (TrainSettings, validate_training),
     "scripts/diffusion/inference.py": (InferenceSettings, validate_inference),
+    "scripts/diffusion/app.py": (script_module("scripts/diffusion/app.py").AppSettings, lambda cfg, world_size: None),
     "scripts/cnv/cache.py": (CacheSettings, validate_training),
     "scripts/cnv/buckets.py": (script_module("scripts/cnv/buckets.py").BucketsSettings, validate_training),
 }
-PLAIN = {"cat", "cd", "export", "git", "ls", "mv", "source", "tail", "tar", "tensorboard"}  # not ours to check
+PLAIN = {"cat", "cd", "export", "git", "ls", "mv", "source", "tail", "tar", "tensorboard", "touch"}  # not ours to check
 SEPARATORS = {"&&", "||", "|", ";"}
 
 
@@ -115,6 +116,24 @@ def check_torchrun(arguments: list[str]) -> None:
 
     launch = get_args_parser().parse_args(arguments)
     check_script(launch.training_script, launch.training_script_args, int(launch.nproc_per_node))
+
+
+def check_colossalai(arguments: list[str]) -> None:
+    from colossalai.cli.launcher import run
+
+    known = {option for parameter in run.params for option in parameter.opts}
+    assert arguments[0] == "run"
+    script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
+    flags = dict(itertools.pairwise(arguments[1:script]))
+    assert set(filter(lambda word: word.startswith("--"), flags)) <= known
+    hosts = 2  # of the hostfile
+    check_script(arguments[script], arguments[script + 1 :], hosts * int(flags["--nproc_per_node"]))
+
+
+def check_sbatch(arguments: list[str]) -> None:
+    script = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))
+    assert (ROOT / arguments[script]).is_file(), f"there is no {arguments[script]}"
+    check_script("scripts/diffusion/train.py", arguments[script + 1 :], world_size=16)
 
 
 def check_python(arguments: list[str]) -> None:
@@ -176,6 +195,8 @@ CHECKS = {
     "python": check_python,
     "python3": check_python,
     "hf": check_hf,
+    "colossalai": check_colossalai,
+    "sbatch": check_sbatch,
     "pip": check_pip,
 }
 

@@ -8,6 +8,7 @@ import argparse
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from opensora.checkpoint_folder import resolve_checkpoint
@@ -64,11 +65,29 @@ def main(argv: list[str]) -> None:
     export_weights(arguments.source, arguments.out, options)
 
 
+def interruptible(run: Callable[[], None]) -> None:
+    """`run`, which a SIGINT or SIGTERM ends by an exit, on which what is half written is removed.
+
+    torch's code may answer what a handler raises within it with an error of its own: what was received counts.
+    """
+    received: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        run()
+    except BaseException:
+        if not received:
+            raise
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(128 + received[0])
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit on which what is half written is removed
     with one_line_errors():
-        try:
-            main(sys.argv[1:])
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
-            sys.exit(130)
+        interruptible(lambda: main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from opensora.inference.pipeline import Pipeline
 from opensora.inference.prompts import Prompt
 from opensora.inference.size import SampleSize
 from opensora.inference.text_phase import EmbeddedTexts
+from opensora.parallel.context import ALONE, RankGroup
 
 
 @dataclass
@@ -27,6 +28,14 @@ class Place:
     world_size: int = 1
     share: int = 1  # ranks that share a model
     device = torch.device("cpu")
+    tensor = sequence = ALONE
+
+    @property
+    def model(self):
+        return RankGroup(self.rank % self.share, self.share)
+
+    def share_samples(self, tensor_size, sequence_size):
+        return self
 
     @property
     def data_parallel_rank(self):
@@ -60,6 +69,8 @@ def config(tmp_path, **settings):
             "seed": 42,
             "dtype": "fp32",
             "offload": False,
+            "plugin": None,
+            "plugin_ae": None,
             "use_t2i2v": False,
             "refine_prompt": False,
             "refine_model": "none",
@@ -83,7 +94,7 @@ def no_tokenizers(monkeypatch):
 def sample(toy_pipeline, hash_text, monkeypatch):
     """sample(cfg, rank=..., world_size=...) with stand-ins for models -> {path under save_dir: content} of samples."""
     embed = lambda cfg, texts, *_: tuple(EmbeddedTexts(hash_text(*s), texts, 2) for s in ((5, 12), (8,)))  # noqa: E731
-    build = lambda _, cfg, size, weights, lora, device, texts, meter: toy_pipeline(texts=texts, meter=meter)  # noqa: E731
+    build = lambda _, cfg, size, weights, lora, device, texts, meter, _d: toy_pipeline(texts=texts, meter=meter)  # noqa: E731
     monkeypatch.setattr(run, "embed_texts", embed)
     monkeypatch.setattr(Pipeline, "from_config", classmethod(build))
 

@@ -20,7 +20,7 @@ from opensora.inference.plan import make_plan
 from opensora.inference.run import sample_all
 from opensora.inference.settings import InferenceSettings, check_paths, require_available, validate
 from opensora.inference.text_phase import embed_texts
-from opensora.parallel.context import ParallelContext
+from opensora.parallel.context import ALONE, ParallelContext, RankGroup
 
 CONFIGS = REPOSITORY / "configs/diffusion/inference"
 
@@ -126,6 +126,15 @@ class Rank:
     data_parallel_rank: int
     data_parallel_size: int
     device = torch.device("cpu")
+    tensor = sequence = ALONE
+
+    @property
+    def model(self):
+        share = self.world_size // self.data_parallel_size
+        return RankGroup(self.rank % share, share)
+
+    def share_samples(self, tensor_size, sequence_size):
+        return self
 
     def on_main(self, work):
         return work()
