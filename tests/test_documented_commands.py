@@ -66,6 +66,7 @@ def test_lr_and_wandb(shapes):
     assert list(run.glob("wandb/offline-run-*"))
 
 
+@pytest.mark.slow
 def test_load_given_several_folders_takes_the_newest_and_says_so(shapes, experiment):
     """The shell expands outputs/your_experiment/epoch*-global_step* before the script sees it."""
     given = [f"outputs/your_experiment/{path.name}" for path in list_checkpoints(experiment)]

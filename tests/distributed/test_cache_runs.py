@@ -309,6 +309,7 @@ def make_cache_with_a_slow_rank(context, root: Path, arguments: list[str], patie
     return list(counts.values())
 
 
+@pytest.mark.slow
 def test_ranks_take_work_as_they_are_done_and_wait_for_the_slow(two_ranks, shapes, arguments, linear_cache, tmp_path):
     """Longer than collectives wait; and what is encoded is the same, whoever does it."""
     output = ["--output", str(tmp_path / "cache")]

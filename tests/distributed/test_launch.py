@@ -94,6 +94,7 @@ def ranks_with(text: str) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_torchrun_over_two_hosts_equals_one_rank(hosts, shapes, on_one_rank, tmp_path):
     arguments = shapes.train_arguments(*SHORT, "--outputs", str(tmp_path), "--exp-name", "run")
     started = [host.train(*arguments, cwd=shapes.root, end_point="host1:29400") for host in hosts]

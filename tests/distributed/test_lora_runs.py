@@ -161,6 +161,7 @@ def sample(shapes, folder, *options):
     return decode_all(video)
 
 
+@pytest.mark.slow
 def test_samples_before_the_first_update_are_those_of_the_base(one_rank, shapes, base, tuned, tmp_path):
     arguments = ["--model.from-pretrained", str(base), *LORA, "--outputs", str(tmp_path), "--exp-name", "new"]
     one_rank(train, shapes.root, shapes.train_arguments(*arguments, "--max-steps", "0", "--num-workers", "0"))

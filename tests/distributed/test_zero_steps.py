@@ -1,6 +1,7 @@
 """Training that does nothing changes nothing."""
 
 import numpy as np
+import pytest
 import torch
 from runs import train
 from shapes_world import REPOSITORY, SMALL_MODEL
@@ -13,6 +14,7 @@ from opensora.models.weights import build_model
 from opensora.training.settings import TrainSettings
 
 
+@pytest.mark.slow
 def test_zero_updates_then_sampling_equals_sampling_from_the_initial_weights(one_rank, shapes, tmp_path):
     arguments = shapes.train_arguments("--outputs", str(tmp_path), "--exp-name", "run", "--max-steps", "0")
     one_rank(train, shapes.root, arguments)

@@ -56,6 +56,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_shapes_or_depth(small_mmdit, small_inputs):
     """The backend does not change how many graphs there are: "eager" makes each of them in a second."""
     model = small_mmdit(depth=6, depth_single_blocks=6)

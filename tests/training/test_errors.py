@@ -53,12 +53,14 @@ def test_two_ranks_say_a_wrong_key_once(shapes):
     assert "did you mean 'max_steps'" in fails_on_two_ranks(shapes, *shapes.train_arguments("--max-stepz", "5"))
 
 
+@pytest.mark.slow
 def test_two_ranks_say_once_that_no_batch_can_form(shapes):
     huge = ["--bucket-config", "{'64px': {9: (1.0, 4000)}}"]
     line = fails_on_two_ranks(shapes, *shapes.train_arguments(*huge))
     assert "no batch can be formed" in line and "4000" in line
 
 
+@pytest.mark.slow
 def test_two_ranks_say_once_which_columns_are_missing(shapes):
     line = fails_on_two_ranks(shapes, *shapes.train_arguments("--dataset.data-path", "datasets/shapes.csv"))
     assert "num_frames" in line and "scripts/cnv/meta.py" in line

@@ -58,7 +58,14 @@ def undisturbed(shapes, tmp_path_factory) -> Path:
     return outputs / "whole"
 
 
-@pytest.mark.parametrize("moment", ["during a save", "during a save in the background", "at a random moment"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("during a save", marks=pytest.mark.slow),
+        "during a save in the background",
+        pytest.param("at a random moment", marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_and_resume(shapes, undisturbed, tmp_path, moment):
     """The launcher is killed: its ranks end with it, and the newest whole checkpoint continues to the same end."""
     run, background = tmp_path / "run", ["--async-io", str("background" in moment)]
@@ -81,6 +88,7 @@ def test_kill_9_and_resume(shapes, undisturbed, tmp_path, moment):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
 
 
+@pytest.mark.slow
 def test_one_rank_that_dies_ends_all(shapes, tmp_path):
     process = shapes.start("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run"), ranks=2)
     wait_until(lambda: list_checkpoints(tmp_path / "run"))
@@ -92,6 +100,7 @@ def test_one_rank_that_dies_ends_all(shapes, tmp_path):
     wait_until(lambda: not any(map(alive, everyone)), seconds=30)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_older_checkpoint(shapes, tmp_path):
     """A file size limit stands in for a full disk: the write fails in the middle, on each rank, for real."""
     limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18));"

@@ -64,6 +64,7 @@ def test_signals_and_files_save_and_stop(shapes, tmp_path):
     assert "asked to stop" in out and "stopping after" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(shapes, tmp_path):
     """Ctrl-C reaches torchrun, which hands it on to the groups of its ranks; then auto_resume and the file `stop`."""
     run = tmp_path / "run"
