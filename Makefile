@@ -121,14 +121,18 @@ demo-clean:  ## remove the demo's data, run and samples, to start it anew
 
 # ---- tests ---------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-slow test-gpu lint
+.PHONY: test test-slow test-gpu chaos lint
 test: $(DEV_STAMP)  ## the default test suite, on the CPU
 	$(call heading,"tests")
 	python -m pytest $(ARGS)
 
 test-slow: $(DEV_STAMP)  ## the long tests
 	$(call heading,"slow tests")
-	python -m pytest -m "slow and not gpu" $(ARGS)
+	python -m pytest -m "slow and not gpu" --ignore tests/chaos $(ARGS)
+
+chaos: $(DEV_STAMP)  ## a run that is killed 30 times ends as one that nobody disturbed; outputs/chaos.json
+	$(call heading,"chaos")
+	python -m pytest -m slow -s tests/chaos $(ARGS)
 
 test-gpu: $(DEV_STAMP)  ## the tests that need a CUDA device
 	$(call heading,"GPU tests")
