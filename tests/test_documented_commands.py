@@ -38,7 +38,7 @@ def test_train_leaves_the_documented_files(experiment):
     assert json.loads((experiment / "config.txt").read_text())["model"]["hidden_size"] == 48
     lines = [json.loads(line) for line in (experiment / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    seconds = {"data", "encode", "forward_backward", "optimizer", "checkpoint"}
+    seconds = {"data", "encode", "forward_backward", "optimizer", "checkpoint", "eval"}
     for line in lines:
         assert {"step", "epoch", "loss", "grad_norm", "lr", "samples", "tokens", "seconds", "skipped", "clip"} == set(
             line
