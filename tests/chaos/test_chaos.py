@@ -158,11 +158,16 @@ def same_end(run: Run, other: Run) -> bool:
 @pytest.mark.slow
 def test_chaos(shapes, tmp_path):
     begin, seed = time.monotonic(), int(os.environ.get("CHAOS_SEED", random.randrange(2**32)))
+    print(f"CHAOS_SEED={seed}")
+    REPORT.unlink(missing_ok=True)
     whole = Run(shapes, tmp_path, "whole")
     assert whole.process.wait(PATIENCE_S * 4) == 0
     disturbed = Run(shapes, tmp_path, "disturbed")
-    done = disturb(disturbed, random.Random(seed))
-    assert disturbed.process.wait(PATIENCE_S * 4) == 0
+    try:
+        done = disturb(disturbed, random.Random(seed))
+        assert disturbed.process.wait(PATIENCE_S * 4) == 0
+    finally:
+        disturbed.process.kill()  # its ranks go with it
     report = {
         "kills": done["kill_rank"] + done["kill_in_save"],
         "kills_in_saves": done["kill_in_save"],
