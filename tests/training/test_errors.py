@@ -66,6 +66,7 @@ def test_two_ranks_say_once_which_columns_are_missing(shapes):
     assert "num_frames" in line and "scripts/cnv/meta.py" in line
 
 
+@pytest.mark.slow
 def test_two_ranks_say_once_that_nothing_can_be_read(shapes, tmp_path):
     header, *rows = (shapes.root / shapes.table).read_text().splitlines()
     table = tmp_path / "moved.csv"

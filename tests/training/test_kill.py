@@ -119,6 +119,7 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint(shapes, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["epoch0-global_step1"]
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_dies_is_one_line_and_the_end_of_all(shapes, tmp_path):
     """Of rank 1, in the middle of the run, as the kernel does when memory runs out."""
     process = shapes.start("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run"), ranks=2)
