@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from opensora.models.mmdit import MMDiT
 from opensora.models.mmdit.convert import convert
 from opensora.models.mmdit.layouts import DIFFUSERS, FLUX, OPEN_SORA
-from opensora.models.weight_files import open_weights, plan_shards, save_shard, write_index
+from opensora.models.weight_files import INDEX_NAME, format_index, open_weights, plan_shards, save_shard
 from opensora.models.weights import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def checkpoint(folder, state, ema=None, settings=None):
     shards = plan_shards(state, 50_000)
     for name, keys in shards:
         save_shard(folder / "model" / name, {key: state[key] for key in keys})
-    write_index(folder / "model", state, shards)
+    (folder / "model" / INDEX_NAME).write_text(format_index(state, shards))
     if ema:
         dcp.save(dict(ema), storage_writer=dcp.FileSystemWriter(folder / "ema"), no_dist=True)
     (folder / "config.txt").write_text(json.dumps({"model": {**SMALL, **(settings or {})}}))

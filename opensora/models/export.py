@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora.common import get_logger
+from opensora.durable import sync_folder, write_synced
 from opensora.models.byte_progress import ByteProgress, size
 from opensora.models.mmdit.convert import Conversion, plan_conversion
 from opensora.models.mmdit.infer import check_whole
@@ -210,10 +211,7 @@ class _Writer:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 # --------------------------------------------------------------------------------------------------- where it goes
@@ -273,7 +271,7 @@ def _renamed_when_done(out: Path, force: bool) -> Iterator[Path]:
         _remove(temporary)
         raise
     _remove(old)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
 
 
 def _remove(path: Path) -> None:
@@ -281,11 +279,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opensora.common import get_logger
+from opensora.durable import sync_file
 
 SHARD_BYTES = 4096 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
@@ -248,8 +248,7 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     mode = path.stat().st_mode  # a file like any other: save_file's own are for their owner alone
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(mode)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
 
 
 def format_index(tensors: Mapping[str, HasSize], shards: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -257,11 +256,3 @@ def format_index(tensors: Mapping[str, HasSize], shards: Sequence[tuple[str, Seq
     total = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
     weight_map = {name: file for file, names in shards for name in names}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-
-
-def write_index(folder: Path, tensors: Mapping[str, HasSize], shards: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Write that index to `folder`; it is on the disk when this returns."""
-    with open(folder / INDEX_NAME, "w", encoding="utf-8") as file:
-        file.write(format_index(tensors, shards))
-        file.flush()
-        os.fsync(file.fileno())

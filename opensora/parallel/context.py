@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opensora.common import world_size
+from opensora.common import die_with_parent, world_size
 from opensora.parallel.interface import choose_interface
 
 
@@ -182,8 +179,6 @@ def _local_device() -> torch.device:
 
 
 def die_with_launcher() -> None:
-    """Ask Linux to end this process when its parent ends: no rank outlives a launcher that was killed."""
-    if sys.platform != "linux" or world_size() == 1:
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """No rank outlives a launcher that was killed."""
+    if world_size() > 1:
+        die_with_parent(os.getppid())

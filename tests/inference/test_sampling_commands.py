@@ -15,7 +15,7 @@ from opensora.inference.pipeline import Pipeline
 from opensora.inference.plan import make_plan, model_text
 from opensora.inference.settings import InferenceSettings
 from opensora.inference.size import sample_size
-from opensora.models.weight_files import plan_shards, save_shard, write_index
+from opensora.models.weight_files import INDEX_NAME, format_index, plan_shards, save_shard
 from opensora.models.weights import build_model
 
 MODEL = {
@@ -92,7 +92,7 @@ def test_averaged_weights_are_taken_if_asked_for(shapes, sample, monkeypatch):
     shards = plan_shards(weights)
     for name, keys in shards:
         save_shard(checkpoint / "model" / name, {key: weights[key] for key in keys})
-    write_index(checkpoint / "model", weights, shards)
+    (checkpoint / "model" / INDEX_NAME).write_text(format_index(weights, shards))
     averages = {name: torch.randn_like(weight) for name, weight in weights.items()}
     dcp.save(averages, checkpoint_id=checkpoint / "ema")
     (checkpoint / "running_states.json").write_text("{}")
