@@ -35,7 +35,8 @@ def interface_towards(host: str) -> str | None:
         address = _source_address(target)
         if address is not None and not ipaddress.ip_address(address).is_loopback:
             return next((name for name, own in _addresses() if own == address), None)
-    names = {name for name, own in _addresses() if not ipaddress.ip_address(own).is_loopback}
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    names = {name for name, own in _addresses() if name in up and not ipaddress.ip_address(own).is_loopback}
     return names.pop() if len(names) == 1 else None
 
 
@@ -50,11 +51,10 @@ def _source_address(host: str) -> str | None:
 
 
 def _addresses() -> list[tuple[str, str]]:
-    """(interface, IPv4 address) of the interfaces that are up."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    """(interface, IPv4 address) of all interfaces."""
     return [
         (name, address.address)
         for name, addresses in psutil.net_if_addrs().items()
         for address in addresses
-        if name in up and address.family == socket.AF_INET
+        if address.family == socket.AF_INET
     ]

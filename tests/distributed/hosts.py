@@ -92,6 +92,8 @@ def two_hosts(folder: Path) -> list[Host]:
             host.do("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 host.do("ip", "link", "set", device, "up")
+        for host in made:  # the kernel notices within a second that the other end is plugged in
+            host.do("sh", "-c", "until ip link show eth0 | grep -q 'state UP'; do sleep 0.05; done")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         end(made)
         pytest.skip(f"two network namespaces can't be made here: {getattr(error, 'stderr', None) or error}")
