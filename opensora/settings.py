@@ -110,6 +110,13 @@ def get(cfg: Mapping[str, Any], name: str) -> Any:
     return cfg
 
 
+def check_timeout(seconds: float) -> None:
+    """Of `dist_timeout`: what torch takes as one."""
+    longest = 10**7  # four months
+    if not 0 < seconds <= longest:
+        raise ValueError(f"dist_timeout={seconds:g} must be above 0 and at most {longest} seconds")
+
+
 def check_plugin(cfg: Mapping[str, Any], world_size: int, where: str = "plugin") -> None:
     """The plugin is known, its settings belong to it, its groups divide the job and the model's heads.
 
@@ -153,6 +160,11 @@ def check_plugin(cfg: Mapping[str, Any], world_size: int, where: str = "plugin")
         )
     if settings.get("zero_stage", 1) not in (0, 1, 2):
         raise ValueError(f"{config_name}.zero_stage={settings['zero_stage']} must be 0, 1 or 2")
+    if where == "plugin" and settings.get("overlap_allgather") and cfg["model"].get("compile"):
+        raise ValueError(
+            f"{config_name}.overlap_allgather=True: a compiled model does not wait for the weights that are gathered: "
+            f"set --{config_name}.overlap_allgather False or --model.compile False"
+        )
     if plugin == "hybrid" and where == "plugin":
         check_parts(cfg["model"], parallel_sizes(cfg))
 

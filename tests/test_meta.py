@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from in_process import run_in_process
 from PIL import Image
 from video_files import cut_file, draw_frame, write_audio, write_video
 
@@ -183,7 +184,7 @@ def test_the_list_of_an_earlier_run_does_not_stay(folder, tmp_path):
 
 def test_when_every_row_is_rejected_only_the_list_is_written(folder, tmp_path):
     make_table(folder / "bad.csv", ["absent.mp4", "cut.mp4", "absent.mp4"])
-    done = run("--input", folder / "bad.csv", "--output", tmp_path / "out.csv", "--num_workers", 0)
+    done = run_in_process(SCRIPT, "--input", folder / "bad.csv", "--output", tmp_path / "out.csv", "--num_workers", 0)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
         f"error: no row of '{folder}/bad.csv' can be used: 2 file not found, 1 truncated; "
@@ -211,7 +212,7 @@ def test_mistakes_are_one_line_and_an_exit_code(folder, tmp_path):
         with pytest.raises((TableError, OSError)) as raised:
             add_metadata(given, output, workers)
         assert message in str(raised.value) and "\n" not in str(raised.value)
-    done = run("--input", folder / "absent.csv", "--output", out)
+    done = run_in_process(SCRIPT, "--input", folder / "absent.csv", "--output", out)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: table '{folder}/absent.csv' does not exist\n"
     assert not any(tmp_path.iterdir())
@@ -287,7 +288,7 @@ def test_a_journal_of_another_table_or_way_is_not_used(folder, tmp_path):
 
     def known(verify):
         with ProbeJournal(journal, table, verify) as opened:
-            return list(opened.complete(lambda paths: iter(["new"] * len(paths)), ["a.mp4"] * 3))
+            return list(opened.complete(lambda paths: iter(["new" for _ in paths]), ["a.mp4"] * 3))
 
     with ProbeJournal(journal, table, False) as opened:
         assert list(opened.complete(lambda paths: iter(["old", probe(folder / "a.mp4")]), ["a.mp4"] * 2))

@@ -176,6 +176,18 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     write_whole(folder / "cache.json", lambda file: file.write(json.dumps(description, indent=1).encode()))
 
 
+def without_entry(folder: Path, rejected: Mapping[Key, str]) -> list[Key]:
+    """Those of the keys, given with the paths of their files, that no shard has an entry of: a table may name a file
+    twice, and another rank, or a later try, may have read what one could not. An entry of a file that has changed since
+    is none."""
+    marks, highs = {}, np.array([key.high for key in rejected], dtype=np.int64)
+    for name in shard_names(folder) if rejected else ():
+        keys = shard_keys(folder, name)  # [n, 3]
+        for high, low, mark in keys[np.isin(keys[:, 0], highs)].tolist():
+            marks[Key(high, low)] = mark
+    return [key for key, path in rejected.items() if key not in marks or has_changed(path, marks[key])]
+
+
 def complete(folder: Path, description: Mapping[str, Any], rejected: Iterable[Key]) -> int:
     """Index all entries, then let cache.json name the index and say what is in `description`. Returns how many there
     are. An entry that is in several shards (two ranks wrote it, or its file has changed since) is that of the newest.

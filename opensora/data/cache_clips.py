@@ -45,7 +45,8 @@ class ClipWindows:
     def count_all(self, rows: NDArray[np.integer], num_frames: int) -> int:
         """The sum of `count` over rows."""
         intervals = sampling_intervals(self.table.fps[rows], self.fps_max)
-        positions = np.maximum(0, self.table.num_frames[rows] - num_frames * intervals - 1) + 1  # `window_positions`
+        covered = num_frames * intervals.astype(np.int64)
+        positions = np.maximum(0, self.table.num_frames[rows] - covered - 1) + 1  # `window_positions`
         return int(np.minimum(self.at_most, positions).sum())
 
     def window(self, row: int, size: ClipSize, nth: int) -> Window:

@@ -31,7 +31,7 @@ def file_mark(path: str) -> int:
         return 0
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null character in the name
         return 0
     digest = hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True) or 1

@@ -32,7 +32,8 @@ _LISTED = 5
 
 class _Sample(NamedTuple):
     row: int
-    tensors: dict[str, Tensor]  # "video": [3, T, H, W]; or of a cache: "latents" and those of the frames given
+    text: str
+    tensors: dict[str, Tensor]  # "video": [3, T, H, W]; or of caches: "latents", those of the frames given, of the text
 
 
 @DATASETS.register("video_text")
@@ -48,7 +49,8 @@ class VideoTextDataset(Dataset):
         resize: "fast" scales while decoding and gives uint8; "exact" gives the pixels of torch's bilinear
             interpolation, as float.
         read_timeout: seconds that reading one clip may take in a worker process; then the file counts as unreadable and
-            a substitute takes its place. Without workers (num_workers=0) a read that never returns holds up the run.
+            a substitute takes its place. A batch loses at most twice that to such files, however many they are. Without
+            workers (num_workers=0) a read that never returns holds up the run.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class VideoTextDataset(Dataset):
             return error
 
     def _read(self, requests: Sequence[SampleRequest]) -> Batch | ValueError:
+        if isinstance(self.read_clip, Quarantine):
+            self.read_clip.begin_batch()
         tried = [self._first_readable(request) for request in requests]
         readable = [sample for sample, _ in tried if sample is not None]
         if not readable:
@@ -111,12 +115,25 @@ class VideoTextDataset(Dataset):
         failures = []
         for row in (request.index, *request.substitutes):
             try:
-                return _Sample(row, self._tensors(row, request)), failures
+                return self._sample(row, request), failures
             except NotCachedError:
                 raise
             except Exception as error:  # whatever is wrong with one file must not end a run of weeks
-                failures.append({"path": self.table.path(row), "index": row, "reason": _reason(error)})
+                failures.append({"path": self._name(row), "index": row, "reason": _reason(error)})
         return None, failures
+
+    def _sample(self, row: int, request: SampleRequest) -> _Sample:
+        text, tensors = self.caption(row), self._tensors(row, request)
+        if self._cached_text is not None:
+            tensors = tensors | self._cached_text.get(text_key(text))
+        return _Sample(row, text, tensors)
+
+    def _name(self, row: int) -> str:
+        """The row's file, as far as the table can be read."""
+        try:
+            return self.table.path(row)
+        except Exception as error:
+            return f"row {row} of '{self.table.file}' ({_reason(error)})"
 
     def _tensors(self, row: int, request: SampleRequest) -> dict[str, Tensor]:
         """The window of a file that the request's seed chooses, or what a cache has of the one it chooses there."""
@@ -138,13 +155,10 @@ class VideoTextDataset(Dataset):
 
     def _collate(self, requests: Sequence[SampleRequest], samples: list[_Sample], rejected: list[dict]) -> Batch:
         rows = [sample.row for sample in samples]
-        place, text = requests[0], [self.caption(row) for row in rows]
-        stacked = _stack([sample.tensors for sample in samples])
-        if self._cached_text is not None:
-            stacked |= _stack([self._cached_text.get(text_key(caption)) for caption in text])
+        place, stacked = requests[0], _stack([sample.tensors for sample in samples])
         return Batch(
             video=stacked.pop("video", None),  # [B, 3, T, H, W]
-            text=text,
+            text=[sample.text for sample in samples],
             index=rows,
             fps=[float(map_target_fps(float(self.table.fps[row]), self.fps_max)[0]) for row in rows],
             seed=[request.seed for request in requests],

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from opensora.data.probe import VideoFacts
 from opensora.data.probe_files import FileProber, file_prober
 from opensora.data.probe_journal import ProbeJournal
 from opensora.data.table_stream import Chunk, TableError, TableWriter, create_table, open_table, table_suffix
+from opensora.durable import put_in_place
 
 ADDED = pa.schema(
     [
@@ -29,7 +31,7 @@ ADDED = pa.schema(
         ("resolution", pa.int64()),
     ]
 )
-# Rows of a chunk for each worker: enough that the wait for a chunk's last file does not show.
+# Rows that are read and written at a time, for each worker.
 ROWS_PER_WORKER = 2048
 # Seconds that a file may take: a header is read in a moment, of an hour in 4K all pictures are decoded in many minutes.
 LONGEST, LONGEST_VERIFY = 300.0, 7200.0
@@ -90,33 +92,40 @@ def add_metadata(
     except OSError as error:
         raise TableError(f"output '{output}' cannot be written: '{error.filename}': {error.strerror}") from None
     rejected_path = Path(f"{output}.rejected.csv")
-    with _draft(output) as draft, _draft(rejected_path) as rejected_draft:
+    progress = output.with_name(f".{output.name}.progress")
+    with (
+        ProbeJournal(progress, source, verify) as journal,
+        _draft(output) as draft,
+        _draft(rejected_path) as rejected_draft,
+    ):
         with (
             create_table(draft, _with_facts(reader.schema.empty_table(), []).schema, suffix) as accepted,
             create_table(rejected_draft, _with_reasons(reader.schema.empty_table(), []).schema, ".csv") as rejected,
-            ProbeJournal(output.with_name(f".{output.name}.progress"), source, verify) as journal,
             file_prober(source.parent, num_workers, reader.num_rows, longest, verify) as prober,
         ):
             chunks = reader.chunks(ROWS_PER_WORKER * max(1, num_workers))
             summary = Summary(*_convert(chunks, partial(journal.complete, prober), accepted, rejected), rejected_path)
-            journal.remove()
         if summary.rejected:
-            rejected_draft.replace(rejected_path)
+            put_in_place(rejected_draft, rejected_path)
         else:
             rejected_path.unlink(missing_ok=True)  # of an earlier run
-        if summary.written == 0:
-            raise TableError(f"no row of '{source}' can be used: {summary.describe_rejected()}; see {rejected_path}")
-        draft.replace(output)
+        if summary.written:
+            put_in_place(draft, output)
+        journal.remove()  # not before: closing the drafts writes to them, and a disk may be full
+    if summary.written == 0:
+        raise TableError(f"no row of '{source}' can be used: {summary.describe_rejected()}; see {rejected_path}")
     return summary
 
 
 def _convert(
     chunks: Iterable[Chunk], prober: FileProber, accepted: TableWriter, rejected: TableWriter
 ) -> tuple[int, Counter[str]]:
-    """Probe and write chunk by chunk; the number of accepted rows, and of those rejected by reason."""
+    """Probe all files and write chunk by chunk; the number of accepted rows, and of those rejected by reason."""
     count, reasons = 0, Counter()
+    ahead, chunks = tee(chunks)  # files are read while a slow one of an earlier chunk is
+    found = prober(path for rows, _ in ahead for path in rows["path"].to_pylist())
     for rows, malformed in chunks:
-        results = list(prober(rows["path"].to_pylist()))
+        results = list(islice(found, len(rows)))
         for place, reason in malformed.items():
             results[place] = reason
         usable = pa.array([isinstance(result, VideoFacts) for result in results], pa.bool_())

@@ -7,12 +7,14 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -23,11 +25,14 @@ from opensora.data.probe import VideoFacts, probe
 SECONDS_BETWEEN_LINES = 10
 # Paths handed to a worker at a time: few enough that all end together, enough that none waits for the next.
 BATCH = 32
-# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end.
-_SECONDS_TO_DIE = 5.0
+# Paths that may be read, for each worker, while the first of them is not yet: they and their results are in memory.
+AHEAD = 8192
+# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end; of these so
+# many may be left behind for each worker.
+_SECONDS_TO_DIE, _LEFT_BEHIND = 5.0, 4
 
 Result = VideoFacts | str
-FileProber = Callable[[Sequence["str | None"]], Iterator[Result]]
+FileProber = Callable[[Iterable["str | None"]], Iterator[Result]]
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def file_prober(
     probe_one, progress = partial(_probe_one, folder=folder, verify=verify), Progress(total)
     pool = WorkerPool(probe_one, num_workers, longest) if num_workers else None
 
-    def probe_all(paths: Sequence[str | None]) -> Iterator[Result]:
+    def probe_all(paths: Iterable[str | None]) -> Iterator[Result]:
         for result in pool.map(paths) if pool else map(probe_one, paths):
             progress.add(1)
             yield result
@@ -85,16 +90,23 @@ class WorkerPool:
     def __init__(self, function: Callable[[str | None], Result], num_workers: int, longest: float):
         self.function, self.longest, self.context = function, longest, get_context("fork")
         self.workers = [_Worker(self.context, function) for _ in range(num_workers)]
+        self.left_behind: list[BaseProcess] = []
 
-    def map(self, items: Sequence[str | None]) -> Iterator[Result]:
-        """The function's results, in the items' order."""
-        waiting = deque(range(i, min(i + BATCH, len(items))) for i in range(0, len(items), BATCH))
-        results, suspects, given = {}, set(), 0
-        while given < len(items):
+    def map(self, items: Iterable[str | None]) -> Iterator[Result]:
+        """The function's results, in the items' order; of the items, at most AHEAD for each worker are taken ahead.
+
+        Raises:
+            OSError: more processes than can be borne do not end though they are killed.
+        """
+        coming, again, results, suspects, given = _Numbered(items), deque(), {}, set(), 0
+        while True:
             for worker in self.workers:
-                if not worker.ahead and waiting:
-                    worker.give(waiting.popleft(), items)
+                if not worker.ahead:
+                    room = given + AHEAD * len(self.workers) - coming.taken
+                    worker.give(again.popleft() if again else coming.take(min(BATCH, room)))
             busy = [worker for worker in self.workers if worker.ahead]
+            if not busy:
+                return
             until = min(worker.since for worker in busy) + self.longest
             answered = connection.wait([worker.pipe for worker in busy], max(0.0, until - time.monotonic()))
             for worker in busy:
@@ -103,65 +115,96 @@ class WorkerPool:
                         number, result = worker.take()
                         results[number] = result
                     elif time.monotonic() - worker.since > self.longest:
-                        results[worker.ahead.popleft()] = f"too slow: reading it takes longer than {self.longest:g} s"
+                        number, _ = worker.ahead.popleft()
+                        results[number] = f"too slow: reading it takes longer than {self.longest:g} s"
                         worker.process.kill()
-                        self._replace(worker, waiting)
+                        self._replace(worker, again)
                 except (EOFError, OSError):
-                    self._retry(worker, waiting, results, suspects)
+                    self._retry(worker, again, results, suspects)
+            self._check_disk()
             while given in results:
                 yield results.pop(given)
                 given += 1
 
-    def _retry(self, dead: _Worker, waiting: deque, results: dict[int, Result], suspects: set[int]) -> None:
+    def _retry(self, dead: _Worker, again: deque[list[_Item]], results: dict[int, Result], suspects: set[int]) -> None:
         """Replace a dead worker, and give its item out again if that is not known to kill."""
         item = dead.ahead.popleft()
-        end = self._replace(dead, waiting)
-        if item in suspects:
-            results[item] = f"unreadable: reading it ends the process ({end})"
+        end = self._replace(dead, again)
+        if item.number in suspects:
+            results[item.number] = f"unreadable: reading it ends the process ({end})"
         else:
-            suspects.add(item)
-            waiting.appendleft(range(item, item + 1))
+            suspects.add(item.number)
+            again.appendleft([item])
 
-    def _replace(self, dead: _Worker, waiting: deque) -> str:
+    def _replace(self, dead: _Worker, again: deque[list[_Item]]) -> str:
         """Start another in a worker's place, give what it had not begun with out again, and say how it ended."""
         end = dead.end()
         if dead.ahead:
-            waiting.append(range(dead.ahead[0], dead.ahead[-1] + 1))
+            again.append(list(dead.ahead))
+        self.left_behind = [process for process in (*self.left_behind, dead.process) if process.exitcode is None]
         self.workers[self.workers.index(dead)] = _Worker(self.context, self.function)
         return end
+
+    def _check_disk(self) -> None:
+        if len(self.left_behind) > _LEFT_BEHIND * len(self.workers):
+            raise OSError(
+                f"{len(self.left_behind)} processes that were killed do not end: they wait for a disk that does not "
+                "answer; when it does, the same command goes on from here"
+            )
 
     def close(self) -> None:
         for worker in self.workers:
             worker.process.kill()
+        for worker in self.workers:
             worker.end()
+
+
+class _Item(NamedTuple):
+    number: int
+    value: str | None
+
+
+class _Numbered:
+    """Items that are taken some at a time. `taken`: how many are."""
+
+    def __init__(self, items: Iterable[str | None]):
+        self.items, self.taken = iter(items), 0
+
+    def take(self, count: int) -> list[_Item]:
+        """The next `count` items, fewer at the end."""
+        taken = [_Item(number, item) for number, item in enumerate(islice(self.items, max(0, count)), self.taken)]
+        self.taken += len(taken)
+        return taken
 
 
 class _Worker:
     """A process and the pipe to it.
 
     Attributes:
-        ahead: the numbers of the items that it has been given and not answered.
+        ahead: the items that it has been given and not answered.
         since: when it began with the first of these.
     """
 
     def __init__(self, context, function: Callable[[str | None], Result]):
-        self.ahead: deque[int] = deque()
+        self.ahead: deque[_Item] = deque()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, function, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()  # so that the process's end is the pipe's
 
-    def give(self, numbers: range, items: Sequence[str | None]) -> None:
-        self.ahead.extend(numbers)
+    def give(self, items: list[_Item]) -> None:
+        if not items:
+            return
+        self.ahead.extend(items)
         self.since = time.monotonic()
         with suppress(OSError):  # it has died: reading its answer says so
-            self.pipe.send([items[number] for number in numbers])
+            self.pipe.send([item.value for item in items])
 
     def take(self) -> tuple[int, Result]:
-        """The item that it was at, and the function's result. EOFError, OSError: it has died."""
+        """The number of the item that it was at, and the function's result. EOFError, OSError: it has died."""
         result = self.pipe.recv()
         self.since = time.monotonic()
-        return self.ahead.popleft(), result
+        return self.ahead.popleft().number, result
 
     def end(self) -> str:
         """Wait for the process's end, and say what it was."""

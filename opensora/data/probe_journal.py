@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from opensora.durable import HeldError, lock
 VERSION = 1
 # What a machine that is switched off may lose.
 SECONDS_BETWEEN_FLUSHES = 1.0
+_READ_AT_ONCE = 4096  # results
 
 
 class ProbeJournal:
@@ -49,18 +50,19 @@ class ProbeJournal:
         self.path.unlink()
 
     def complete(
-        self, prober: Callable[[Sequence[str | None]], Iterator[VideoFacts | str]], paths: Sequence[str | None]
+        self, prober: Callable[[Iterable[str | None]], Iterator[VideoFacts | str]], paths: Iterable[str | None]
     ) -> Iterator[VideoFacts | str]:
-        """The results of the next `paths`: known ones from the journal, then those of `prober`, which are added.
+        """The results of all `paths`: known ones from the journal, then those of `prober`, which are added.
 
         What could not be read before is tried again: a disk may have been away.
         """
-        known = list(islice(self._known(), len(paths)))
-        failed = [path for path, result in zip(paths, known, strict=False) if isinstance(result, str)]
-        again = iter(prober(failed) if failed else ())
-        for result in known:
-            yield next(again) if isinstance(result, str) else result
-        for result in prober(paths[len(known) :]) if len(known) < len(paths) else ():
+        paths = iter(paths)
+        while known := list(islice(self._known(), _READ_AT_ONCE)):
+            named = list(islice(paths, len(known)))
+            again = prober([path for path, result in zip(named, known, strict=True) if isinstance(result, str)])
+            for result in known:
+                yield next(again) if isinstance(result, str) else result
+        for result in prober(paths):
             self._append(result)
             yield result
 

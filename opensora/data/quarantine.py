@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -18,8 +19,11 @@ from torch import Tensor
 from opensora.common import die_with_parent
 from opensora.data.media import MediaError, one_line
 
-# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end.
-_SECONDS_TO_DIE = 5.0
+# What the kernel may take to end a killed process. One that waits for a dead network disk it cannot end; of these so
+# many may be left behind.
+_SECONDS_TO_DIE, _LEFT_BEHIND = 5.0, 4
+# Of the longest time: what a file may still take that took too long again and again. It may be well again.
+_LEAST_SHARE = 1 / 64
 
 
 class Quarantine:
@@ -31,22 +35,34 @@ class Quarantine:
     fork, to be left out.
 
     Args:
-        longest: seconds that a call may take; then its process is killed.
+        longest: seconds that a call may take; then its process is killed. Less for a file that took too long before,
+            and see `begin_batch`.
     """
 
     def __init__(self, function: Callable[..., Tensor], longest: float):
         self.function, self.longest, self.pid = function, longest, 0
+        self._patience, self._longest_of = math.inf, {}  # seconds
+        self._left_behind: list[int] = []
+
+    def begin_batch(self) -> None:
+        """Until this is called again, calls that take too long cost 2 * `longest` seconds at most, all together: each
+        halves what the next ones may take."""
+        self._patience = self.longest
 
     def __call__(self, path: str, *arguments: Any) -> Tensor:
         """Whatever the function returns or raises."""
-        end = ""
+        own, end = self._longest_of.get(path, self.longest), ""
+        limit = min(own, self._patience)
         for _ in range(2):
             if not self.pid:
-                self._start()
+                self._start(path)
             try:
                 self.pipe.send((path, *arguments))
-                if not self.pipe.poll(self.longest):
-                    raise MediaError(path, f"too slow: reading it takes longer than {self.longest:g} s")
+                if not self.pipe.poll(limit):
+                    self._patience -= limit / 2
+                    if limit == own:  # and not for the others' sake
+                        self._longest_of[path] = max(own / 2, self.longest * _LEAST_SHARE)
+                    raise MediaError(path, f"too slow: reading it takes longer than {limit:.3g} s")
                 answer = self.pipe.recv()
                 clip = None if isinstance(answer, Exception) else self._take(*answer)
             except (EOFError, OSError):
@@ -55,6 +71,7 @@ class Quarantine:
             except BaseException:
                 self.close()  # or the answer would be taken for that of the next call
                 raise
+            self._longest_of.pop(path, None)
             if clip is None:
                 raise answer
             return clip
@@ -66,7 +83,11 @@ class Quarantine:
         self.memory.truncate(0)
         return torch.from_numpy(array)
 
-    def _start(self) -> None:
+    def _start(self, path: str) -> None:
+        self._left_behind = [pid for pid in self._left_behind if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        if len(self._left_behind) > _LEFT_BEHIND:
+            count = len(self._left_behind)
+            raise MediaError(path, f"not tried: {count} killed processes wait for a disk that does not answer")
         self.memory = _shared_memory()
         self.pipe, theirs = Pipe()
         owner, self.pid = os.getpid(), os.fork()
@@ -89,6 +110,7 @@ class Quarantine:
         until = time.monotonic() + _SECONDS_TO_DIE
         while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
+                self._left_behind.append(pid)
                 return "it does not end"
             time.sleep(0.001)
         code = os.waitstatus_to_exitcode(ended[1])

@@ -21,6 +21,8 @@ from opensora.data.row_files import StringFile, map_numbers
 from opensora.data.shards import ROW_FOLDER, ShardIndex, find_shards
 from opensora.data.table_batches import KNOWN_COLUMNS, SCORE_COLUMN, VideoTable, training_columns
 
+_ROWS_TRIED = 256
+
 
 class Table:
     """The samples of a data set.
@@ -66,17 +68,19 @@ class Table:
 
     @cached_property
     def origin(self) -> str:
-        """Where the paths of the table begin: the folder that the first one is relative to, "" if it is absolute."""
-        listed = self.listed_path(0) if len(self) else ""
-        if os.path.isabs(listed) or "://" in listed:
-            return ""
-        return os.path.realpath(os.path.abspath(self.path(0)).removesuffix(os.path.normpath(listed)))
+        """Where the paths of the table begin: the folder that the first relative one of some, spread over all rows, is
+        relative to; "" if there is none."""
+        for row in range(0, len(self), max(1, len(self) // _ROWS_TRIED)):
+            listed = self.listed_path(row)
+            if listed and not _is_complete(listed):
+                return os.path.realpath(os.path.abspath(self.path(row)).removesuffix(os.path.normpath(listed)))
+        return ""
 
     def path(self, row: int) -> str:
         """Where the sample's file is. A relative path is looked up in the working directory, then in the table's
         folder."""
         path = self.listed_path(row)
-        if os.path.isabs(path) or "://" in path or os.path.exists(path):
+        if _is_complete(path) or os.path.exists(path):
             return path
         beside = self.file.parent / path
         return str(beside) if beside.exists() else path
@@ -89,6 +93,10 @@ class Table:
             digest.update(column.astype("<i4", copy=False))
         digest.update(self.fps.astype("<f8", copy=False))
         return digest.hexdigest()[:16]
+
+
+def _is_complete(path: str) -> bool:
+    return os.path.isabs(path) or "://" in path
 
 
 class _LoadedRows:

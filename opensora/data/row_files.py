@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,19 @@ class StringFile:
     def _read(self, row: int, place: int) -> str:
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of a table of {self.rows}")
-        start, end = _SPAN.unpack(os.pread(self._ends.fileno(), _SPAN.size, 8 * (2 * row + place)))
-        return os.pread(self._strings.fileno(), end - start, start).decode()
+        start, end = _SPAN.unpack(_read_exactly(self._ends, _SPAN.size, 8 * (2 * row + place)))
+        return _read_exactly(self._strings, end - start, start).decode()
+
+
+def _read_exactly(file: FileIO, size: int, start: int) -> bytes:
+    """`size` bytes from byte `start` on; a single pread gives at most 2 GiB, and some disks less."""
+    read = os.pread(file.fileno(), size, start)
+    while len(read) < size:
+        more = os.pread(file.fileno(), size - len(read), start + len(read))
+        if not more:
+            raise OSError(f"'{file.name}' ends at byte {start + len(read):,}, not at {start + size:,}: it was cut")
+        read += more
+    return read
 
 
 def _number_file(column: str) -> str:

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
+from opensora.common import rank
 from opensora.data.row_files import NUMBER_TYPES, RowWriter, file_sizes
 from opensora.data.table_batches import VideoTable, training_columns
 from opensora.durable import HeldError, hold, put_in_place, write_whole
@@ -123,8 +124,8 @@ def find_shards(path: Path, needed: bool) -> Path | None:
             f"dataset.memory_efficient=True reads shards, and {name} has none in '{folder}': make them with `{command}`"
         )
     _check_whole(folder, command)
-    if path.exists() and not _is_same_content(path, index.source):
-        _refuse_other_table(folder, path, index)
+    if path.exists() and not _is_of_shards(path, folder, index):
+        _refuse_other_name(folder, path, index)
         raise ValueError(
             f"{name} has changed since its shards in '{folder}' were made: make them anew with `{command}`"
         )
@@ -258,16 +259,40 @@ def _to_go_on_with(folder: Path, table: Path, num_shards: int | None, rows_per_s
         return None
     if not all((folder / shard["file"]).is_file() for shard in index.shards[: index.finished]):
         return None
+    _note_copy(table, folder, index)
+    return index
+
+
+def _is_of_shards(table: Path, folder: Path, index: ShardIndex) -> bool:
+    """Whether shards are of a table, for training. One of another time is read whole by rank 0 alone, whose error ends
+    all; and once, if the folder can be written to."""
+    if rank() != 0:
+        return _has_same_samples(_describe(table), index.source)
+    if not _is_same_content(table, index.source):
+        return False
+    if table.stat().st_mtime_ns != index.source["modified_ns"]:
+        with suppress(OSError, ValueError), _held(folder):
+            if ShardIndex.load(folder) == index:
+                _note_copy(table, folder, index)
+    return True
+
+
+def _note_copy(table: Path, folder: Path, index: ShardIndex) -> None:
+    """Of a table with the same content, so that it need not be compared again."""
     described = index.source | _describe(table)
-    if described != index.source:  # a copy, whose content need not be compared again
+    if described != index.source:
         index.source = described
         index.save(folder)
-    return index
 
 
 def _refuse_other_table(folder: Path, table: Path, index: ShardIndex | None) -> None:
     """ValueError if the shards are of a table of another name, whose folder this one's would be too."""
     if index is not None and index.source["name"] != table.name and not _is_same_content(table, index.source):
+        _refuse_other_name(folder, table, index)
+
+
+def _refuse_other_name(folder: Path, table: Path, index: ShardIndex) -> None:
+    if index.source["name"] != table.name:
         raise ValueError(
             f"folder '{folder}' holds the shards of '{index.source['name']}', not of '{table.name}': rename one of the "
             "two tables, or remove the folder"
@@ -329,6 +354,10 @@ def _is_same_content(table: Path, source: dict[str, Any]) -> bool:
     """Whether a table is what `ShardIndex.source` describes. One of another time, which may be a copy, is read whole;
     it cannot be said of shards that are not all done."""
     described = _describe(table)
-    if any(described[key] != source[key] for key in ("bytes", "sample_sha256")):
+    if not _has_same_samples(described, source):
         return False
     return described["modified_ns"] == source["modified_ns"] or source.get("sha256") == content_hash(table)
+
+
+def _has_same_samples(described: dict[str, Any], source: dict[str, Any]) -> bool:
+    return all(described[key] == source[key] for key in ("bytes", "sample_sha256"))

@@ -15,8 +15,10 @@ from opensora.settings import parallel_sizes
 
 @dataclass(frozen=True)
 class Division:
-    """The ranks that share a transformer's layers (`tensor`), its tokens (`sequence`, in `mode`) and an autoencoder."""
+    """The ranks that share a transformer's layers (`tensor`), its tokens (`sequence`, in `mode`), both (`model`), and
+    an autoencoder."""
 
+    model: RankGroup = ALONE
     tensor: RankGroup = ALONE
     sequence: RankGroup = ALONE
     mode: str = "all_to_all"
@@ -26,7 +28,7 @@ class Division:
     def of(cls, cfg, context: ParallelContext) -> Division:
         """What `plugin` and `plugin_ae` ask for; `context` is that of `ParallelContext.share_samples`."""
         autoencoder = context.model if cfg.plugin_ae == "hybrid" else ALONE
-        return cls(context.tensor, context.sequence, parallel_sizes(cfg).mode, autoencoder)
+        return cls(context.model, context.tensor, context.sequence, parallel_sizes(cfg).mode, autoencoder)
 
     def divide_transformer(self, model: nn.Module) -> None:
         """Keep this rank's part of a loaded transformer. Before it is compiled."""

@@ -46,6 +46,7 @@ def image_pipeline(
         dtype=dtype,
         offload=cfg.offload,
         meter=meter,
+        division=division,
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 # Settings that say what else is drawn, where it goes and how the work is done, but not what one sample looks like.
 NOT_OF_A_SAMPLE = (
     *("prompt", "ref", "neg", "dataset", "start_index", "end_index", "num_sample", "save_dir", "batch_size"),
-    *("offload", "dist_timeout", "plugin", "plugin_config", "plugin_ae", "plugin_config_ae"),
+    *("host", "port", "offload", "dist_timeout", "plugin", "plugin_config", "plugin_ae", "plugin_config_ae"),
 )
 
 

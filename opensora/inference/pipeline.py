@@ -58,6 +58,7 @@ class Pipeline:
         offload: the transformer and the autoencoder were built on the host, and each is to be on `device` only while
             it computes.
         meter: told of the phases "condition", "diffusion" and "decode".
+        division: the ranks that the models have been divided among.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class Pipeline:
         dtype: torch.dtype,
         offload: bool = False,
         meter: PhaseMeter | None = None,
+        division: Division = UNDIVIDED,
     ):
         _check_fit(model, autoencoder)
         self.autoencoder, self.t5, self.clip = autoencoder, t5, clip
-        self.sampler = Sampler(model, options, dtype)
+        self.sampler = Sampler(model, options, dtype, division.model.of_first)
         self.size, self.device, self.dtype = size, device, dtype
         self.takes_references = model.cond_embed
         self._model_at_work = residence(model, device, offload)
@@ -120,6 +122,7 @@ class Pipeline:
             dtype=dtype,
             offload=cfg.offload,
             meter=meter,
+            division=division,
         )
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,11 @@ class Plan:
     def folder(self) -> Path:
         return self.wanted[0].path.parent
 
+    @property
+    def model_files(self) -> dict[str, str | None]:
+        """What draws the samples, for their tags: a setting may name a run, whose newest checkpoint changes."""
+        return {name: path and str(path) for name, path in (("weights", self.weights), ("lora", self.lora))}
+
 
 def make_plan(cfg) -> Plan:
     """The samples that `cfg` asks for and that are not there yet. Looks for the weights, but does not read them.
@@ -60,6 +65,15 @@ def make_plan(cfg) -> Plan:
         ValueError, FileNotFoundError: no prompt, an unknown size, references or weights that are absent or do not fit,
             or a language model that does not answer.
     """
+    plan = plan_samples(cfg, *locate_weights(cfg))
+    asked = [(to_request(job, cfg, plan.size).text, job.prompt.negative) for job in plan.jobs]
+    if asked:
+        report_long_texts(cfg, [text for texts in asked for text in texts])
+    return plan
+
+
+def plan_samples(cfg, weights: Path | None, lora: Path | None) -> Plan:
+    """`make_plan` of a model that may be loaded already: of its files nothing is asked for but what is given here."""
     size = sample_size(cfg)
     prompts = read_prompts(cfg)
     _check_references(cfg, prompts, size)
@@ -70,12 +84,8 @@ def make_plan(cfg) -> Plan:
         for k in range(cfg.num_sample)
     ]
     jobs = _missing(wanted, folder)
-    weights, lora = locate_weights(cfg)
     if jobs:
         jobs = _refined(cfg, jobs, size, folder)
-        report_long_texts(
-            cfg, [text for job in jobs for text in (to_request(job, cfg, size).text, job.prompt.negative)]
-        )
     return Plan(size, jobs, wanted, weights, lora, first_frame_size(cfg, size) if cfg.use_t2i2v else None)
 
 
@@ -185,7 +195,7 @@ def model_text(text: str, size: SampleSize, fps: float | None, motion_score: str
     return text if motion_score is None else add_motion_score(text, motion_score)
 
 
-def tags_of(job: Job, request: Request, cfg) -> dict[str, str]:
+def tags_of(job: Job, request: Request, cfg, model_files: Mapping[str, str | None]) -> dict[str, str]:
     """What the sample's file is to say of it (`metadata.py`)."""
     facts = {
         "seed": base_seed(cfg),
@@ -195,5 +205,6 @@ def tags_of(job: Job, request: Request, cfg) -> dict[str, str]:
         "negative": request.negative,
         "condition": request.condition,
         "references": request.references,
+        **model_files,
     }
     return sample_tags(job.prompt.text, facts, cfg)

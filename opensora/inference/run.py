@@ -41,6 +41,8 @@ def sample_all(cfg, context) -> None:
     plan = context.on_main(lambda: make_plan(cfg))
     if not plan.jobs:
         get_logger().info("nothing to sample")
+        if context.rank == 0 and not (plan.folder / CONTACT_SHEET).exists():
+            _write_sheet(plan)
         return
     get_logger().info(f"{len(plan.jobs)} samples go to {plan.folder}")
     mine = plan.jobs[context.data_parallel_rank :: context.data_parallel_size]
@@ -66,7 +68,8 @@ def _sample(cfg, plan: Plan, jobs: Sequence[Job], context, meter: PhaseMeter) ->
 
     def save(job: Job, request: Request, video: Tensor) -> None:
         if _writes(context):
-            save_sample(job.path, video, cfg.fps_save, cfg.crf, job.prompt.text, tags_of(job, request, cfg))
+            tags = tags_of(job, request, cfg, plan.model_files)
+            save_sample(job.path, video, cfg.fps_save, cfg.crf, job.prompt.text, tags)
 
     _draw(pipeline, [(job, to_request(job, cfg, plan.size)) for job in jobs], save, cfg, context, meter)
     if _writes(context):
@@ -89,14 +92,15 @@ def _with_first_frames(
     """
     drawn = [replace(job, path=image_path(job.path)) for job in jobs if not job.prompt.references]
     asked = [(job, to_image_request(job, cfg)) for job in drawn]
-    missing = [(job, request) for job, request in asked if not has_tags(job.path, tags_of(job, request, cfg))]
+    absent = [not has_tags(job.path, tags_of(job, request, cfg, {})) for job, request in asked]
+    missing = [work for work, somewhere in zip(asked, context.model.any(absent), strict=True) if somewhere]
     if missing:
         get_logger().info(f"{len(missing)} first frames go to {missing[0][0].path.parent}")
         with meter("load image"):
             pipeline = image_pipeline(cfg, plan.first_frame, texts, context.device, meter, Division.of(cfg, context))
 
         def save(job: Job, request: Request, frames: Tensor) -> None:
-            write_png(job.path, frames[0], tags_of(job, request, cfg))
+            write_png(job.path, frames[0], tags_of(job, request, cfg, {}))
 
         _draw(pipeline, missing, save, cfg, context, meter)
     return [_starting_from(job, image_path(job.path)) if not job.prompt.references else job for job in jobs]
@@ -135,6 +139,7 @@ def _writes(context) -> bool:
 def _write_sheet(plan: Plan) -> None:
     """A contact sheet of all that was asked for, by the rank that finds all of it there."""
     if len(plan.wanted) > 1 and all(job.path.exists() for job in plan.wanted):
+        get_logger().info(f"contact sheet of {len(plan.wanted)} samples: {plan.folder / CONTACT_SHEET}")
         entries = [Entry(job.path, job.prompt.text) for job in plan.wanted]
         write_contact_sheet(plan.folder / CONTACT_SHEET, entries)
 

@@ -88,12 +88,20 @@ class Sampler:
     The state stays in fp32; the model sees it, and the time, in `dtype`. The velocities of a step are computed one
     after the other, so that guidance does not multiply the peak memory, and only those that the step's scales need.
 
+    agree: of ranks that share the model, the first one's value of a tensor (`RankGroup.of_first`).
+
     Attributes:
         reused: the share of the last call's velocities that the step cache gave; 0 without it.
     """
 
-    def __init__(self, model: nn.Module, options: SamplerOptions, dtype: torch.dtype):
-        self.model, self.options, self.dtype = model, options, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        options: SamplerOptions,
+        dtype: torch.dtype,
+        agree: Callable[[Tensor], Tensor] = lambda values: values,
+    ):
+        self.model, self.options, self.dtype, self._agree = model, options, dtype, agree
         self.patch_size = model.patch_size
         self.reused = 0.0
 
@@ -122,7 +130,8 @@ class Sampler:
         latent_size = tuple(noise.shape[2:])
         has_reference = condition is not None and bool(condition[:, 0].any())
         same_text = text.equals(negative)
-        velocity = StepCache(self._velocities(noise, text, negative, condition), self.options.step_cache)
+        compute = self._velocities(noise, text, negative, condition)
+        velocity = StepCache(compute, self.options.step_cache, self._agree)
         x = pack(noise.float(), self.patch_size)  # [B, L, C * p * p]
         for step, (t, t_next) in enumerate(itertools.pairwise(self.times(latent_size))):
             text_scale, image_scale = self.options.scales(step)

@@ -34,6 +34,7 @@ from opensora.settings import (
     check_plugin,
     check_shardformer,
     check_text_widths,
+    check_timeout,
     check_weights,
     get,
     parallel_sizes,
@@ -181,6 +182,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     check_model(cfg["model"])
     check_latents(cfg["model"], cfg["ae"])
     check_plugin(cfg, world_size)
+    check_timeout(cfg["dist_timeout"])
     check_plugin(cfg, world_size, "plugin_ae")
     _check_autoencoder_ranks(cfg)
     check_shardformer(cfg)

@@ -36,13 +36,17 @@ class StepCache:
     Each sample decides for itself, so a result does not depend on the batch.
 
     threshold: relative change below which a velocity is used again; None: never, and nothing is kept.
+    agree: among ranks that share a model, and so its calls, gives the first one's estimates: each rank's own may
+        differ in the last bit.
 
     Attributes:
         asked, computed: velocities of single samples so far.
     """
 
-    def __init__(self, compute: Velocity, threshold: float | None):
-        self._compute, self._threshold = compute, threshold
+    def __init__(
+        self, compute: Velocity, threshold: float | None, agree: Callable[[Tensor], Tensor] = lambda values: values
+    ):
+        self._compute, self._threshold, self._agree = compute, threshold, agree
         self._known: dict[Hashable, _Known] = {}
         self.asked = self.computed = 0
 
@@ -63,7 +67,7 @@ class StepCache:
             velocity = self._compute(x, t, branch, None)
             self._known[branch] = _Known(x, velocity, x.new_full((len(x),), torch.inf))
             return velocity
-        change = known.gain * _size(x - known.x) / _size(known.v)  # [B]
+        change = self._agree(known.gain * _size(x - known.x) / _size(known.v))  # [B]
         rows = torch.nonzero(~(change < self._threshold))[:, 0]
         self.computed += len(rows)
         if len(rows):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from opensora.common import to_torch_dtype
 from opensora.inference.output import save_sample
 from opensora.inference.pipeline import Pipeline
-from opensora.inference.plan import locate_weights, make_plan, tags_of, to_request
+from opensora.inference.plan import locate_weights, plan_samples, tags_of, to_request
 from opensora.inference.sampler import SamplerOptions
 from opensora.inference.settings import validate
 from opensora.inference.size import sample_size
@@ -28,7 +29,9 @@ class Wish:
 
     Attributes:
         references: paths of images or videos, with a `cond_type` other than "t2v".
-        option: what is to be changed of `sampling_option` (num_frames, num_steps, guidance, ...).
+        motion_score: "" is none.
+        option: what is to be changed of `sampling_option` (num_frames, num_steps, guidance, ...). A resolution takes
+            the place of height and width.
     """
 
     prompt: str
@@ -48,7 +51,8 @@ class Studio:
 
     def __init__(self, cfg, device: torch.device):
         self._cfg, self._device = cfg, device
-        self._pipeline = Pipeline.from_config(cfg, sample_size(cfg), *locate_weights(cfg), device)
+        self._located = locate_weights(cfg)
+        self._pipeline = Pipeline.from_config(cfg, sample_size(cfg), *self._located, device)
         self._lock = threading.Lock()
 
     def draw(self, wish: Wish, on_step: Callable[[], None] = lambda: None) -> Path:
@@ -57,16 +61,15 @@ class Studio:
         Raises:
             ValueError, FileNotFoundError: the wish does not fit the model, or a reference can't be read.
         """
-        with self._lock:
-            folder = self._next_folder()
+        with self._lock, self._new_folder() as folder:
             cfg = self._config(wish, folder)
             validate(cfg, world_size=1)
-            plan = make_plan(cfg)
+            plan = plan_samples(cfg, *self._located)
             (job,) = plan.jobs
-            folder.mkdir(parents=True)
             request = to_request(job, cfg, plan.size)
             (frames,) = self._pipeline_for(cfg, plan.size)([request], on_step)
-            save_sample(job.path, frames, cfg.fps_save, cfg.crf, job.prompt.text, tags_of(job, request, cfg))
+            tags = tags_of(job, request, cfg, plan.model_files)
+            save_sample(job.path, frames, cfg.fps_save, cfg.crf, job.prompt.text, tags)
             return job.path
 
     def _pipeline_for(self, cfg, size) -> Pipeline:
@@ -90,13 +93,24 @@ class Studio:
         cfg.prompt, cfg.cond_type, cfg.save_dir = wish.prompt, wish.cond_type, str(save_dir)
         cfg.ref, cfg.start_index, cfg.end_index, cfg.num_sample = ";".join(wish.references) or None, 0, None, 1
         cfg.neg = cfg.neg if wish.negative is None else wish.negative
-        cfg.motion_score = wish.motion_score or cfg.motion_score
-        for name, value in {**(wish.option or {}), "seed": wish.seed}.items():
-            if value is not None:
-                cfg.sampling_option[name] = value
+        if wish.motion_score is not None:
+            cfg.motion_score = wish.motion_score or None
+        changed = {**(wish.option or {}), "seed": wish.seed}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        if "resolution" in changed:
+            changed = {"height": None, "width": None, **changed}
+        cfg.sampling_option.update(changed)
         return cfg
 
-    def _next_folder(self) -> Path:
+    @contextmanager
+    def _new_folder(self) -> Iterator[Path]:
+        """A folder of the next number, which is gone again where nothing came of the wish."""
         parent = Path(self._cfg.save_dir) / FOLDER
         numbers = [int(path.name) for path in parent.glob("*") if path.name.isdigit()]
-        return parent / f"{max(numbers, default=0) + 1:05d}"
+        folder = parent / f"{max(numbers, default=0) + 1:05d}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()

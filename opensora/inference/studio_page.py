@@ -6,8 +6,11 @@ import time
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from opensora.data.aspect import resolution_sizes
 from opensora.diffusion.conditions import CONDITIONS
+from opensora.inference.plan import base_seed
 from opensora.inference.studio import Studio, Wish
 
 RESOLUTIONS = ("256px", "768px")
@@ -51,6 +54,9 @@ def build_page(studio: Studio, cfg) -> Any:
             path = studio.draw(wish, lambda: progress((next(steps), num_steps), unit="steps"))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
+        except torch.OutOfMemoryError as error:
+            said = "out of memory: ask for fewer frames or a smaller resolution, or start the page with --offload True"
+            raise gr.Error(said, duration=None, print_exception=False) from error
         facts = f"{path} in {time.perf_counter() - begin:.1f} s"
         return (None, str(path), facts) if path.suffix == ".png" else (str(path), None, facts)
 
@@ -75,12 +81,13 @@ def _inputs(gr: ModuleType, cfg) -> list[Any]:
     option = cfg.sampling_option
     ratios = list(resolution_sizes(option.resolution or RESOLUTIONS[0], 16, training=False))
     conditions = list(CONDITIONS) if cfg.model.get("cond_embed") else ["t2v"]
+    resolution = option.resolution if option.height is None else None
     motion = "" if cfg.motion_score is None else str(cfg.motion_score)
     return [
         gr.Textbox(label="Prompt", lines=4, placeholder="raining, sea"),
         gr.File(label="References: images or videos", file_count="multiple", type="filepath"),
         gr.Dropdown(conditions, value="t2v", label="What they give; t2v: there are none"),
-        gr.Dropdown(list(RESOLUTIONS), value=option.resolution, label="Resolution", allow_custom_value=True),
+        gr.Dropdown(list(RESOLUTIONS), value=resolution, label="Resolution", allow_custom_value=True),
         gr.Dropdown(ratios, value=option.aspect_ratio, label="Width : height"),
         gr.Number(option.num_frames, label="Frames: 4n + 1, or 1 for an image", precision=0, minimum=1),
         gr.Slider(1, 100, value=option.num_steps, step=1, label="Steps"),
@@ -88,5 +95,5 @@ def _inputs(gr: ModuleType, cfg) -> list[Any]:
         gr.Slider(0, 15, value=option.guidance_img or 1.0, step=0.1, label="Guidance by the references"),
         gr.Textbox(cfg.neg, label="Not to be shown"),
         gr.Textbox(motion, label="Motion score, 1 (little) to 7 (much)"),
-        gr.Number(cfg.seed, label="Seed", precision=0, minimum=0),
+        gr.Number(base_seed(cfg), label="Seed", precision=0, minimum=0),
     ]

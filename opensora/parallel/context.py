@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
-from collections.abc import Callable
+import pickle
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +29,21 @@ class RankGroup:
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
+
+    def any(self, facts: Sequence[bool]) -> list[bool]:
+        """Which facts are true on some rank of the group; all of its ranks call it, with as many facts."""
+        found = torch.tensor(facts, dtype=torch.uint8)
+        if self.process_group is not None and facts:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.process_group)
+        return found.bool().tolist()
+
+    def of_first(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of the group's first rank, on all of them."""
+        if self.process_group is None:
+            return values
+        values = values.contiguous()
+        dist.broadcast(values, group=self.process_group, group_src=0)
+        return values
 
 
 ALONE = RankGroup()
@@ -59,6 +77,9 @@ class ParallelContext:
     @classmethod
     def create(cls, timeout_s: float = 1800.0) -> ParallelContext:
         """Join the job that torchrun or `colossalai run` started; without a launcher, a job of one process.
+
+        As a context manager it leaves the job in the end; after an error without waiting for ranks that wait for this
+        one, when all has been said.
 
         Raises:
             ValueError: more processes were started on this node than it has GPUs.
@@ -144,7 +165,7 @@ class ParallelContext:
             try:
                 result = work()
             except (ValueError, OSError) as raised:
-                error = raised
+                error = raised if _survives_pickling(raised) else ValueError(str(raised))
         result, error = self.broadcast_object((result, error))
         if error is not None:
             raise error
@@ -165,6 +186,15 @@ class ParallelContext:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def __enter__(self) -> ParallelContext:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or self.world_size == 1:
+            self.close()
+        else:
+            _end_without_others(error)
+
 
 def _local_device() -> torch.device:
     if not torch.cuda.is_available():
@@ -176,6 +206,27 @@ def _local_device() -> torch.device:
             "start one process a GPU"
         )
     return torch.device("cuda", local_rank)
+
+
+def _end_without_others(error: BaseException) -> None:
+    """End this process when it has said what it has to say, and leave its groups as they are: NCCL takes one down
+    together with the other ranks, which may be in a collective that this rank will never join."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+    atexit.register(end)
+
+
+def _survives_pickling(error: Exception) -> bool:
+    """Some libraries' errors can't be made of their message alone, as unpickling does."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 def die_with_launcher() -> None:

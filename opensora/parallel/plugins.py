@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from opensora.parallel.context import ParallelContext
@@ -79,6 +80,8 @@ def _make_hybrid(context: ParallelContext, settings: dict[str, Any], stage: int,
     plugin = HybridParallelPlugin(
         tp_size=context.tensor.size, pp_size=1, zero_stage=stage, precision=precision, max_norm=max_norm, **settings
     )
+    for group in (plugin.tp_group, plugin.dp_group, plugin.pp_group, plugin.sp_group, plugin.mixed_dp_group):
+        dist.distributed_c10d._set_pg_timeout(context.timeout, group)  # ColossalAI makes them with torch's default
     plugin.precision = {"fp32": "float32"}.get(precision, precision)  # under this name it lets ZeRO have fp32
     return plugin
 

@@ -70,6 +70,7 @@ def _attend_by_heads(
     attend: Attention, group: RankGroup, lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """q, k, v [B, H, L_rank, D] of this rank's tokens -> [B, L_rank, H*D]."""
+    lengths = tuple(lengths)  # of this forward pass: the backward one may come after another's
     batch, _, length, _ = q.shape
     heads = torch.stack([q, k, v]).unflatten(2, (group.size, -1))  # [3, B, ranks, H/ranks, L_rank, D]
     rows = heads.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)  # [ranks * L_rank, 3, B, H/ranks, D]

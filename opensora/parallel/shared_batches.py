@@ -7,6 +7,7 @@ compute on different samples without noticing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,9 @@ def send_batches(batches: Iterator[Batch], group: RankGroup) -> Iterator[Batch]:
     while True:
         try:
             batch = next(batches, None)
-        except Exception:
-            _tell(group, SystemExit(1))
+        except BaseException as error:  # Ctrl-C too
+            with suppress(Exception):  # the error counts, not that the others could not be told
+                _tell(group, ValueError(f"rank {dist.get_rank()} reads for this one, and failed: {error}"))
             raise
         if batch is None:
             _tell(group, None)
@@ -46,7 +48,7 @@ def receive_batches(group: RankGroup, device: torch.device) -> Iterator[Batch]:
         video = tensors.pop("", None)
         yield replace(batch, video=video, encoded=tensors)
     if told is not None:
-        raise told  # the first rank says why
+        raise told
 
 
 def _tell(group: RankGroup, value: Any = None) -> Any:

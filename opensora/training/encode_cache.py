@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opensora.common import get_logger
 from opensora.data.bucket import BucketTable
-from opensora.data.cache import ShardWriter, begin, complete, lock, stored_keys, text_key
+from opensora.data.cache import ShardWriter, begin, complete, lock, stored_keys, text_key, without_entry
 from opensora.data.cache_clips import ClipRequest, ClipSize, ClipsToCache, ClipWindows, clip_requests
 from opensora.data.cache_index import Key, KeyIndex, KeySet, has_changed
 from opensora.data.loader import VideoTextDataset, build_loader
@@ -75,14 +75,20 @@ class CacheRun:
             for size, rows in self.rows.items()
         )
         folder = self._begin(VIDEO, description, needed)
-        writer, rejected = ShardWriter(folder), []
+        writer, rejected, remote = ShardWriter(folder), [], 0
         reader, requests = ClipsToCache(self.dataset), self._clip_requests(stored_keys(folder))
         for batch in build_loader(reader, requests, self.cfg.num_workers, self.cfg.prefetch_factor):
             rejected += batch.rejected
             if batch.video is not None:
                 entries = encoder.entries(batch.video, spans[tuple(batch.video.shape[2:])])
                 _write(writer, batch.keys, entries, batch.marks)
+                remote += batch.marks.count(0)
         self._end(folder, writer, description, rejected)
+        if remote := sum(self.context.gather_objects(remote)):
+            get_logger().warning(
+                f"{remote:,} clips are of URLs: that a video there was replaced is not noticed, so give a changed one "
+                "another name"
+            )
 
     def _cache_text(self, encoders: TextEncoders) -> None:
         description = {"made_with": text_facts(self.cfg), "covers": self.covers}
@@ -173,15 +179,16 @@ class CacheRun:
         self.work.wait()
         rejected = [one for of_rank in self.context.gather_objects(rejected) for one in of_rank]
 
-        def finish() -> int:
-            lines = [json.dumps({"path": path, "reason": reason}) + "\n" for _, path, reason in rejected]
-            (folder / "rejected.jsonl").write_text("".join(lines))
-            return complete(folder, description, [key for key, _, _ in rejected])
+        def finish() -> tuple[int, int]:
+            reasons = {key: {"path": path, "reason": reason} for key, path, reason in rejected}
+            absent = without_entry(folder, {key: reasons[key]["path"] for key in reasons})
+            (folder / "rejected.jsonl").write_text("".join(json.dumps(reasons[key]) + "\n" for key in absent))
+            return complete(folder, description, absent), len(absent)
 
-        entries = self.work.on_main(finish)
+        entries, absent = self.work.on_main(finish)
         get_logger().info(f"{folder}: {entries:,} entries")
-        if rejected:
-            get_logger().warning(f"{len(rejected)} clips could not be read, see {folder / 'rejected.jsonl'}")
+        if absent:
+            get_logger().warning(f"{absent:,} clips could not be read, see {folder / 'rejected.jsonl'}")
 
 
 def _write(writer: ShardWriter, keys: list[Key], entries: Mapping[str, Tensor], marks: list[int]) -> None:

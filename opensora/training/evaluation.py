@@ -58,7 +58,7 @@ class Evaluator:
 
     Args:
         dataset: what is trained on: the held-out samples are some of it if `eval_data_path` names no other table.
-        step: of training.
+        step: of training. Text encoders that it does not hold are built for the time of this call alone.
     """
 
     def __init__(self, cfg, context: ParallelContext, dataset: VideoTextDataset, step: FlowMatchingStep):
@@ -66,16 +66,20 @@ class Evaluator:
         dtype = to_torch_dtype(cfg.dtype)
         with undisturbed_random_state(context.device):
             self._autoencoder = build_frozen(AUTOENCODERS, _uncompiled(cfg.ae), "ae", dtype, "cpu")
-            encoders = step.text.encoders or build_text_encoders(cfg, context.device).encoders
-            text = TextEncoders(**encoders, dropout={}, dtype=dtype)
-            with self._autoencoder_on_device():
-                step = step.with_encoders(VideoEncoder(self._autoencoder, context.device, dtype), text)
-                self._held_out = self._build_held_out(cfg, dataset, step) if cfg.eval_samples else None
-            prompts = read_prompts(cfg.eval_prompts)
-            self._samples = prompts and PromptSamples(cfg, prompts, text, self._autoencoder, context)
+            with _text_encoders(cfg, step, context.device) as encoders:
+                text = TextEncoders(**encoders, dropout={}, dtype=dtype)
+                with self._autoencoder_on_device():
+                    self._held_out = self._build_held_out(cfg, dataset, step, text) if cfg.eval_samples else None
+                prompts = read_prompts(cfg.eval_prompts)
+                self._samples = prompts and PromptSamples(cfg, prompts, text, self._autoencoder, context)
+        del text, encoders
+        torch.cuda.empty_cache()
 
-    def _build_held_out(self, cfg, dataset: VideoTextDataset, step: FlowMatchingStep) -> HeldOutLoss:
+    def _build_held_out(
+        self, cfg, dataset: VideoTextDataset, step: FlowMatchingStep, text: TextEncoders
+    ) -> HeldOutLoss:
         context = self._context
+        video = VideoEncoder(self._autoencoder, context.device, text.dtype)
         if cfg.eval_data_path:
             settings = {**cfg.dataset, "data_path": cfg.eval_data_path, "memory_efficient": False}
             dataset = DATASETS.build(settings, where="dataset")
@@ -83,7 +87,8 @@ class Evaluator:
             get_logger().info("eval_data_path is not set: the evaluated loss is of samples that are trained on too")
         buckets = BucketTable(cfg.bucket_config, dataset.fps_max, cfg.ae_spatial_compression)
         batches = choose_rows(dataset, buckets, cfg.eval_samples, cfg.seed, context.data_parallel_size)
-        return HeldOutLoss(dataset, batches, step, cfg.eval_times, cfg.seed, context, in_worker=cfg.num_workers > 0)
+        encode, in_worker = step.with_encoders(video, text).encode, cfg.num_workers > 0
+        return HeldOutLoss(dataset, batches, encode, step, cfg.eval_times, cfg.seed, context, in_worker)
 
     def __call__(self, engine: Engine, ema: ExponentialMovingAverage | None, run_folder: Path, step: int) -> Evaluation:
         """Evaluate the weights after `step` updates; files go under `run_folder`."""
@@ -91,7 +96,6 @@ class Evaluator:
         with self._evaluating(engine, ema) as model:
             losses = self._held_out and self._held_out(model)
             samples = self._samples and self._draw(model, run_folder / FOLDER / f"step{step:07d}")
-        self._context.barrier()  # all samples are written
         return Evaluation(step, ema is not None, losses, samples, time.perf_counter() - begin)
 
     def _draw(self, model: nn.Module, folder: Path) -> list[DrawnSample]:
@@ -120,6 +124,16 @@ class Evaluator:
         yield
         self._autoencoder.to("cpu")
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _text_encoders(cfg, step: FlowMatchingStep, device: torch.device) -> Iterator[dict[str, nn.Module]]:
+    """Training's, where it has them, which do not count what they encode here; else others."""
+    encoders = step.text.encoders or build_text_encoders(cfg, device).encoders
+    counted = [(encoder, encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut) for encoder in encoders.values()]
+    yield encoders
+    for encoder, *counts in counted:
+        encoder.texts_seen, encoder.texts_cut, encoder.tokens_cut = counts
 
 
 def _uncompiled(ae: dict) -> dict:

@@ -7,7 +7,7 @@ but the weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -16,25 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from opensora.common import get_logger
+from opensora.data.batch import Batch
 from opensora.data.bucket import Bucket, BucketTable
-from opensora.data.loader import VideoTextDataset, build_loader
-from opensora.data.sampler import SampleRequest
+from opensora.data.loader import VideoTextDataset, WorkerDiedError, build_loader
+from opensora.data.sampler import NUM_SUBSTITUTES, SampleRequest
 from opensora.diffusion.random import derive_seed
 from opensora.parallel.context import ParallelContext
+from opensora.parallel.shared_batches import receive_batches, send_batches
 from opensora.training.step import FlowMatchingStep, StepInputs
 
 
 class HeldOutRows(NamedTuple):
-    """Rows of a table that share a bucket: a batch."""
+    """Rows of a table that share a bucket: a batch.
+
+    Attributes:
+        substitutes: for each row others of its bucket, in case that it can't be read; no row is one for two.
+    """
 
     bucket: Bucket
     rows: list[int]
+    substitutes: list[tuple[int, ...]]
 
-    def requests(self, seed: int) -> list[SampleRequest]:
-        """What a dataset is asked for to read them."""
+    def requests(self, seed: int, place: int) -> list[SampleRequest]:
+        """What a dataset is asked for to read them; the batch tells `place` as its update."""
         size = self.bucket.num_frames, self.bucket.height, self.bucket.width
-        seeds = [derive_seed(seed, "held out", row) for row in self.rows]
-        return [SampleRequest(row, *size, 0, (), own, 0, 0) for row, own in zip(self.rows, seeds, strict=True)]
+        return [
+            SampleRequest(row, *size, 0, others, derive_seed(seed, "held out", row), place, 0)
+            for row, others in zip(self.rows, self.substitutes, strict=True)
+        ]
 
 
 def choose_rows(
@@ -57,8 +66,11 @@ def choose_rows(
         rows = order[clips == clip][:per_clip]
         for bucket_id in np.unique(ids[rows]):
             bucket, members = buckets.buckets[bucket_id], sorted(rows[ids[rows] == bucket_id].tolist())
+            others = np.setdiff1d(order[ids[order] == bucket_id], members).tolist()
+            spare = [tuple(others[i :: len(members)][:NUM_SUBSTITUTES]) for i in range(len(members))]
             size = min(bucket.batch_size, -(-len(members) // ranks))
-            batches += [HeldOutRows(bucket, members[start : start + size]) for start in range(0, len(members), size)]
+            parts = [slice(start, start + size) for start in range(0, len(members), size)]
+            batches += [HeldOutRows(bucket, members[part], spare[part]) for part in parts]
     if not batches:
         raise ValueError(f"eval_data_path='{table.file}': none of its rows is in a bucket of bucket_config")
     return batches
@@ -82,16 +94,22 @@ class HeldOutLoss:
 
     Args:
         dataset: has the samples. in_worker: read them in a process of its own, which a file may crash.
-        batches: of all ranks, see `choose_rows`; their encoded form waits on the host.
-        step: encodes them, without dropping texts, and computes the loss.
+        batches: of all ranks, see `choose_rows`; their encoded form waits on the host. Of ranks that see the same
+            samples the first one reads. A batch of which nothing can be read is left out.
+        encode: makes the step's inputs of them, without dropping texts; used here alone.
+        step: computes the loss.
         times: in (0, 1], where 1 is noise.
         seed: of the noise of each sample, and of the condition that it is given.
+
+    Raises:
+        ValueError: no rank can read any sample.
     """
 
     def __init__(
         self,
         dataset: VideoTextDataset,
         batches: Sequence[HeldOutRows],
+        encode: Callable[[Batch], StepInputs],
         step: FlowMatchingStep,
         times: Sequence[float],
         seed: int,
@@ -102,12 +120,18 @@ class HeldOutLoss:
         self._clips = list(dict.fromkeys(batch.bucket.clip_key for batch in batches))
         self._inputs: list[tuple[int, StepInputs]] = []
         mine = batches[context.data_parallel_rank :: context.data_parallel_size]
-        loader = build_loader(_reading_files(dataset), [rows.requests(seed) for rows in mine], int(in_worker))
-        for rows, batch in zip(mine, loader, strict=True):
+        requests = [rows.requests(seed, place) for place, rows in enumerate(mine)]
+        for batch in _shared(lambda: _readable(_reading_files(dataset), requests, in_worker), context):
             for rejected in batch.rejected:
                 get_logger().warning(f"evaluation goes without {rejected['path']}: {rejected['reason']}")
-            inputs = _moved(step.encode(batch), torch.device("cpu"))
-            self._inputs.append((self._clips.index(rows.bucket.clip_key), inputs))
+            inputs = _moved(encode(batch), torch.device("cpu"))
+            self._inputs.append((self._clips.index(mine[batch.update].bucket.clip_key), inputs))
+        found = context.sum_over_all(torch.tensor(float(len(self._inputs)), device=context.device))
+        if not found:
+            raise ValueError(
+                f"none of the samples of '{dataset.table.file}' that are to be evaluated can be read: check "
+                "eval_data_path, or set --eval-samples 0"
+            )
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Losses:
@@ -126,6 +150,30 @@ class HeldOutLoss:
             by_clip={clip: _mean(losses[i], counts[i]) for i, clip in enumerate(self._clips) if counts[i].any()},
             by_time={f"{time:g}": _mean(losses[:, i], counts[:, i]) for i, time in enumerate(self._times)},
         )
+
+
+def _readable(dataset: VideoTextDataset, requests: Sequence[list[SampleRequest]], in_worker: bool) -> Iterator[Batch]:
+    """The batches of which a sample can be read."""
+    left = list(requests)
+    while left:
+        try:
+            for batch in build_loader(dataset, list(left), int(in_worker)):
+                del left[0]
+                yield batch
+        except WorkerDiedError:
+            raise
+        except ValueError as error:
+            get_logger().warning(f"evaluation goes without a batch: {error}")
+            del left[0]
+
+
+def _shared(read: Callable[[], Iterator[Batch]], context: ParallelContext) -> Iterator[Batch]:
+    """Batches on the host, read by the first of the ranks that see the same samples."""
+    if context.model.size == 1:
+        return read()
+    if context.model.rank == 0:
+        return send_batches(read(), context.model)
+    return receive_batches(context.model, torch.device("cpu"))
 
 
 def _reading_files(dataset: VideoTextDataset) -> VideoTextDataset:

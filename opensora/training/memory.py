@@ -19,7 +19,7 @@ import torch
 
 from opensora.common import get_logger
 from opensora.data.loader import WorkerDiedError
-from opensora.training.whereabouts import Whereabouts
+from opensora.training.whereabouts import EVALUATION, Whereabouts
 
 SHRUNK_FILE = "shrunk_buckets.jsonl"
 # Where memory is needed in proportion to a batch.
@@ -66,6 +66,11 @@ def _end_with(message: str) -> NoReturn:
 
 def _report(error: BaseException, place: Whereabouts, run_folder: Path, shrinks: bool) -> str:
     what = f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): {place}"
+    if place.phase == EVALUATION:
+        return (
+            f"{what}. Draw smaller samples (eval_option), or evaluate the loss of fewer clip sizes (eval_data_path, "
+            "or --eval-samples 0); --eval-every 0 trains without evaluations"
+        )
     if not place.micro_batches or place.phase not in _SHRINKABLE:
         return f"{what}. Free memory, or use more ranks or a smaller model"
     bucket = place.bucket()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from opensora.common import get_logger
 from opensora.data.aspect import resolution_area
 from opensora.diffusion.random import SampleRandom, derive_seed
 from opensora.inference.output import sample_suffix, save_sample, to_uint8
@@ -16,6 +18,7 @@ from opensora.inference.prompts import Prompt, PromptFile, add_fps, prompts_from
 from opensora.inference.sampler import Sampler, SamplerOptions, TextEmbedding
 from opensora.inference.size import Compression, SampleSize
 from opensora.parallel.context import ParallelContext
+from opensora.parallel.work import SharedWork
 from opensora.registry import AUTOENCODERS
 from opensora.training.encoders import TextEncoders
 
@@ -88,12 +91,13 @@ class PromptSamples:
         self, cfg, prompts: list[Prompt], text: TextEncoders, autoencoder: nn.Module, context: ParallelContext
     ):
         self._size, self._prompts, self._context = eval_size(cfg), prompts, context
+        self._work = SharedWork(context)
         self._autoencoder, self._dtype = autoencoder, text.dtype
         self._options = SamplerOptions.from_config(cfg.eval_option)
         self._seed = cfg.seed if cfg.eval_option.seed is None else cfg.eval_option.seed
         fps = float(cfg.dataset.get("fps_max") or DEFAULT_FPS)
         self._fps = int(fps) if fps.is_integer() else fps  # captions say "24 FPS", not "24.0 FPS"
-        self._mine = self._prompts[context.data_parallel_rank :: context.data_parallel_size]
+        self._mine = prompts[context.data_parallel_rank :: context.data_parallel_size]
         self._texts = {
             prompt.index: [_embed(text, caption) for caption in (self._spoken(prompt), prompt.negative)]
             for prompt in self._mine
@@ -104,13 +108,26 @@ class PromptSamples:
         return prompt.text if self._size.is_image else add_fps(prompt.text, self._fps)
 
     def draw(self, model: nn.Module, folder: Path) -> list[DrawnSample]:
-        """Draw and write this rank's samples; returns those of all ranks."""
-        sampler = Sampler(model, self._options, self._dtype)
+        """Draw and write this rank's samples; returns those of all ranks, as far as they could be written."""
+        sampler, written = Sampler(model, self._options, self._dtype, self._context.model.of_first), []
         for prompt in self._mine:
             video = self._sample(sampler, prompt)
-            if self._context.model.rank == 0:  # its ranks drew the same
-                save_sample(self._path(prompt, folder), video, self._fps, CRF, prompt.text)
-        return [DrawnSample(prompt.text, self._path(prompt, folder)) for prompt in self._prompts]
+            if self._context.model.rank == 0 and self._write(prompt, video, folder):  # its ranks drew the same
+                written.append(prompt.index)
+        self._work.wait()  # others may have one prompt more, which takes what it takes
+        written = set(chain.from_iterable(self._context.gather_objects(written)))
+        drawn = [prompt for prompt in self._prompts if prompt.index in written]
+        return [DrawnSample(prompt.text, self._path(prompt, folder)) for prompt in drawn]
+
+    def _write(self, prompt: Prompt, video: Tensor, folder: Path) -> bool:
+        """Whether the sample could be written; if not, it is said why."""
+        path = self._path(prompt, folder)
+        try:
+            save_sample(path, video, self._fps, CRF, prompt.text)
+        except Exception as error:  # a full disk must not end a run of weeks
+            get_logger().warning(f"evaluation goes without {path}, which cannot be written: {error}")
+            return False
+        return True
 
     def _path(self, prompt: Prompt, folder: Path) -> Path:
         return folder / (prompt.name + sample_suffix(self._size.num_frames))

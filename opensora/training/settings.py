@@ -33,6 +33,7 @@ from opensora.settings import (
     check_plugin,
     check_shardformer,
     check_text_widths,
+    check_timeout,
     check_weights,
     get,
     raise_unavailable,
@@ -261,6 +262,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     check_model(cfg["model"])
     check_latents(cfg["model"], cfg["ae"])
     check_plugin(cfg, world_size)
+    check_timeout(cfg["dist_timeout"])
     check_shardformer(cfg)
     _check_optimization(cfg)
     _check_lora(cfg)
@@ -269,6 +271,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     _check_conditions(cfg)
     _check_table(get(cfg, "dataset.data_path"))
     _check_survival(cfg)
+    _check_read_timeout(cfg, world_size)
     _check_evaluation(cfg)
 
 
@@ -289,6 +292,20 @@ def _check_survival(cfg: Mapping[str, Any]) -> None:
         )
 
 
+def _check_read_timeout(cfg: Mapping[str, Any], world_size: int) -> None:
+    """Files that do not answer may cost a batch twice the time of one, and other ranks wait for that batch."""
+    parameter = DATASETS.parameters(cfg["dataset"]["type"]).get("read_timeout")
+    if parameter is None or world_size == 1 or cfg["num_workers"] == 0 or cfg["cached_video"]:
+        return
+    longest = cfg["dataset"].get("read_timeout", parameter.default)
+    if not 2 * longest < cfg["dist_timeout"]:
+        raise ValueError(
+            f"dataset.read_timeout={longest:g}: files that do not answer may hold a batch up for twice that, and other "
+            f"ranks wait for it for dist_timeout={cfg['dist_timeout']:g} s: set e.g. --dataset.read-timeout "
+            f"{cfg['dist_timeout'] / 4:g}"
+        )
+
+
 def _check_optimization(cfg: Mapping[str, Any]) -> None:
     if not cfg["optim"]["lr"] > 0:
         raise ValueError(f"optim.lr={cfg['optim']['lr']} must be above 0")
@@ -299,8 +316,6 @@ def _check_optimization(cfg: Mapping[str, Any]) -> None:
         raise ValueError(f"optim.no_decay_norms_and_biases=True: optim.cls='{cfg['optim']['cls']}' decays no weights")
     if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
         raise ValueError(f"ema_decay={cfg['ema_decay']} must be between 0 and 1, e.g. 0.9999; None keeps no average")
-    if not cfg["dist_timeout"] > 0:
-        raise ValueError(f"dist_timeout={cfg['dist_timeout']} must be above 0 seconds")
     for encoder, probability in cfg["dropout_ratio"].items():
         if not 0 <= probability <= 1:
             raise ValueError(f"dropout_ratio.{encoder}={probability} must be a probability, 0 to 1")

@@ -91,14 +91,14 @@ class Trainer:
     def run(self) -> None:
         """Train until `max_steps` updates or `epochs` epochs are done, or the ranks are asked to stop."""
         try:
-            self._notify("on_start")
-            shrinks = self.cfg.oom_policy == "shrink"
-            with naming_failures(self.whereabouts, self.run_folder, shrinks), closing(self._updates()) as updates:
-                for micro_batches in updates:
-                    metrics = self._update(micro_batches)
-                    self.checkpointer.check()
-                    self._notify("on_update", metrics)
-            self._notify("on_end")
+            with naming_failures(self.whereabouts, self.run_folder, shrinks=self.cfg.oom_policy == "shrink"):
+                self._notify("on_start")
+                with closing(self._updates()) as updates:
+                    for micro_batches in updates:
+                        metrics = self._update(micro_batches)
+                        self.checkpointer.check()
+                        self._notify("on_update", metrics)
+                self._notify("on_end")
             self.checkpointer.wait()
         finally:
             for callback in self.callbacks:

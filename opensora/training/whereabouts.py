@@ -13,6 +13,8 @@ from opensora.parallel.timing import PhaseTimer
 
 # What a rank does where no phase is timed: it waits for the others at the end of an update, or a callback works.
 _BETWEEN = "between phases"
+# In this phase the batches of the last update don't matter.
+EVALUATION = "eval"
 # Samples named before "and N more".
 _LISTED = 8
 
@@ -59,6 +61,8 @@ class Whereabouts:
     def __str__(self) -> str:
         """ "rank 1, update 12, forward_backward, bucket 64px/5/1:1, samples a.mp4, b.mp4"."""
         place = f"rank {self.rank}, update {self.update}, {self.phase}"
+        if self.phase == EVALUATION:
+            return place
         batches = self.micro_batches  # another thread may begin an update
         return f"{place}, {self.describe(batches[-1]) if batches else 'no batch yet'}"
 

@@ -25,11 +25,8 @@ def main(argv: list[str]) -> None:
     from opensora.parallel.context import ParallelContext
     from opensora.training.encode_cache import CacheRun
 
-    context = ParallelContext.create(cfg.dist_timeout)
-    try:
+    with ParallelContext.create(cfg.dist_timeout) as context:
         CacheRun(cfg, context).run()
-    finally:
-        context.close()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ pip install -e ".[app]"
 python scripts/diffusion/app.py configs/diffusion/inference/256px.py --ckpt-path outputs/EXP
 """
 
+import socket
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 
 from opensora.common import one_line_errors
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> None:
     from opensora.inference.studio_page import build_page, import_gradio
     from opensora.parallel.context import ParallelContext
 
-    import_gradio()  # before the models are loaded
+    import_gradio()  # this and the address before the models are loaded
+    check_address(cfg.host, cfg.port)
     context = ParallelContext.create(cfg.dist_timeout)
     try:
         page = build_page(Studio(cfg, context.device), cfg)
@@ -42,6 +45,19 @@ def main(argv: list[str]) -> None:
         page.launch(server_name=cfg.host, server_port=cfg.port, allowed_paths=[cfg.save_dir], share=False)
     finally:
         context.close()
+
+
+def check_address(host: str, port: int) -> None:
+    """ValueError if nothing can be served there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with closing(socket.socket(family)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, not to wait for old connections
+        try:
+            server.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"host={host}, port={port}: no page can be served there ({error}): give another --port, or --host"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ def main(argv: list[str]) -> None:
     # Only a config that can run pays for the libraries of models and processes.
     from opensora.inference.run import sample_all
     from opensora.parallel.context import ParallelContext
+    from opensora.parallel.work import SharedWork
 
-    context = ParallelContext.create(cfg.dist_timeout)
-    try:
+    with ParallelContext.create(cfg.dist_timeout) as context:
+        ranks = SharedWork(context)
         sample_all(cfg, context)
-    finally:
-        context.close()
+        ranks.wait()  # for as long as the last one takes: NCCL's groups are taken down by all of their ranks
 
 
 if __name__ == "__main__":

@@ -21,14 +21,12 @@ def main(argv: list[str]) -> None:
     from opensora.training.trainer import Trainer
 
     # The watchdog, which says where a rank waits, is to be before the collectives, which do not.
-    context = ParallelContext.create(cfg.dist_timeout + 60)
-    try:
-        Trainer(cfg, context).run()
-    except KeyboardInterrupt:
-        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        context.close()
+    with ParallelContext.create(cfg.dist_timeout + 60) as context:
+        try:
+            Trainer(cfg, context).run()
+        except KeyboardInterrupt:
+            print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from opensora.data.cache import (
     read_description,
     stored_keys,
     text_key,
+    without_entry,
 )
 from opensora.data.cache_clips import ClipWindows, clip_requests
 from opensora.data.cache_index import Key, KeyIndex, KeySet, file_mark, write_index
+from opensora.data.frame_rate import map_target_fps, sampling_intervals
 from opensora.data.video import window_indices
 
 DESCRIPTION = {"made_with": {"dtype": "torch.bfloat16"}, "covers": {}}
@@ -283,3 +285,33 @@ def test_a_file_that_broke_is_not_what_it_was(tmp_path):
     write(tmp_path, [1])
     assert complete(tmp_path, DESCRIPTION, [entry_key("entry", 1)]) == 0
     assert Cache(tmp_path, "cached_video").get(entry_key("entry", 1)) is None
+
+
+def test_what_one_rank_could_not_read_and_another_could_is_there(tmp_path):
+    """Of a file that is named twice. A file that has changed since its entry was made could not be read now."""
+    files = {number: tmp_path / f"{number}.mp4" for number in range(4)}
+    begin(tmp_path, DESCRIPTION)
+    writer = ShardWriter(tmp_path)
+    for number in (0, 1, 3):
+        files[number].write_bytes(b"video")
+        writer.add(entry_key("entry", number), entry(number), file_mark(str(files[number])))
+    writer.flush()
+    os.utime(files[1], ns=(1, 1))
+    files[3].unlink()
+    rejected = {entry_key("entry", number): str(file) for number, file in files.items()}
+    assert without_entry(tmp_path, rejected) == [entry_key("entry", 1), entry_key("entry", 2)]
+    assert without_entry(tmp_path, {}) == []
+
+
+def test_a_name_that_no_file_can_have_is_of_none():
+    assert file_mark("a\0b.mp4") == 0
+
+
+def test_absurd_rates_are_thinned_alike_by_column_and_one_by_one():
+    files = Files([300] * 6)
+    files.fps = np.array([24.0, 1e6, 4e8, 5e10, 1e12, 1e300])
+    for fps_max in (24, 0.5):
+        windows, rows = ClipWindows(files, fps_max, 9), np.arange(6)
+        intervals = [map_target_fps(fps, fps_max)[1] for fps in files.fps.tolist()]
+        assert sampling_intervals(files.fps, fps_max).tolist() == intervals and min(intervals) > 0
+        assert windows.count_all(rows, 129) == sum(windows.count(row, 129) for row in rows.tolist())

@@ -17,7 +17,8 @@ from PIL import Image
 from opensora.data.batch import Batch
 from opensora.data.bucket import BucketTable
 from opensora.data.loader import VideoTextDataset, WorkerDiedError, build_loader
-from opensora.data.sampler import BucketSampler
+from opensora.data.sampler import BucketSampler, SampleRequest
+from opensora.data.shards import write_shards
 from opensora.data.video import read_clip
 from opensora.registry import DATASETS
 
@@ -251,9 +252,10 @@ def test_worker_settings_that_cannot_be_used(mixed):
 
 def test_a_worker_that_is_killed_is_named_where_batches_are_read(mixed):
     """And nowhere else: torch raises it in the main thread, whatever that is doing."""
+    others = multiprocessing.active_children()  # an earlier test's, that are not collected yet
     batches = iter(build_loader(mixed, sampler_of(mixed), num_workers=2, prefetch_factor=1))
     next(batches)
-    victim = next(child for child in multiprocessing.active_children() if child.daemon)
+    victim = next(child for child in multiprocessing.active_children() if child.daemon and child not in others)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     time.sleep(0.1)  # for torch to raise it here
@@ -263,3 +265,23 @@ def test_a_worker_that_is_killed_is_named_where_batches_are_read(mixed):
         "rank 0: a worker process of the data loader died (SIGKILL), most likely since the host's memory or "
         "/dev/shm ran out: lower --num-workers (now 2) or --prefetch-factor (now 1), or give the job more of it"
     )
+
+
+def test_rows_that_the_table_does_not_give_are_replaced(folder, tmp_path):
+    """Of shards that were cut off, or hold no text, since the run began."""
+    table = make_table(folder, "cut.csv", [("long.mp4", 20, 64, 24)] * 4)
+    write_shards(table)
+    dataset = VideoTextDataset(str(table), memory_efficient=True)
+    place = {"epoch": 0, "update": 0, "micro_step": 0}
+    requests = [SampleRequest(row, 9, 64, 64, substitutes=(1,), seed=row, **place) for row in (0, 2, 3)]
+    strings = folder / "cut" / "rows" / "strings.utf8"
+    content = strings.read_bytes()
+    place = content.index(b"Clip 2") + 3
+    strings.write_bytes(content[:place] + b"\xff" + content[place + 1 : -4])
+    batch = dataset.__getitems__(requests)
+    assert batch.index == [0, 1, 1] and [text[:7] for text in batch.text] == ["Clip 0.", "Clip 1.", "Clip 1."]
+    assert ["utf-8" in line["reason"] for line in batch.rejected] == [True, False]
+    assert f"OSError: '{strings}' ends at byte" in batch.rejected[1]["reason"]
+    os.truncate(folder / "cut" / "rows" / "ends.int64", 0)
+    error = dataset.__getitems__(requests)
+    assert isinstance(error, ValueError) and "row 0 of '" in str(error) and "\n" not in str(error)

@@ -189,9 +189,9 @@ def test_a_read_that_never_ends_is_given_up(guard, video, tmp_path):
     """A named pipe that nobody writes to, and a process that is stopped."""
     os.mkfifo(tmp_path / "pipe.mp4")
     read = guard(read_clip, longest=3)
-    for _ in range(2):
+    for seconds in ("3", "1.5"):  # what it took before is remembered
         begin = time.monotonic()
-        with pytest.raises(MediaError, match=r"pipe.mp4: too slow: reading it takes longer than 3 s$"):
+        with pytest.raises(MediaError, match=rf"pipe.mp4: too slow: reading it takes longer than {seconds} s$"):
             read(str(tmp_path / "pipe.mp4"), [0], 16, 16)
         assert time.monotonic() - begin < 6
         assert read(video, [0], 16, 16).shape == (3, 1, 16, 16)
@@ -212,3 +212,46 @@ def test_a_run_goes_on_past_a_file_that_cannot_be_read_to_an_end(deadly_table, t
     assert [line["reason"] for line in batches[1].rejected] == ["too slow: reading it takes longer than 3 s"]
     with pytest.raises(ValueError, match="read_timeout=0 must be"):
         loader.VideoTextDataset(deadly_table, read_timeout=0)
+
+
+def test_slow_files_cost_a_batch_twice_the_time_of_one(guard, tmp_path):
+    """Of however many that never answer. One that answers again is read again."""
+
+    def read(path):
+        if path.startswith("slow") and not (tmp_path / "well").exists():
+            time.sleep(60)
+        return torch.ones(1)
+
+    quarantine = guard(read, longest=1.2)
+    quarantine.begin_batch()
+    begin, failed = time.monotonic(), []
+    for path in ("slow 0", "slow 1", "good", *(f"slow {i}" for i in range(2, 12))):
+        try:
+            quarantine(path)
+        except MediaError as error:
+            failed.append(error.path)
+    assert failed == [f"slow {i}" for i in range(12)] and 2 < time.monotonic() - begin < 2 * 1.2 + 2
+    quarantine.begin_batch()
+    with pytest.raises(MediaError, match=r"longer than 0.6 s"):
+        quarantine("slow 0")
+    with pytest.raises(MediaError, match=r"longer than 0.9 s"):  # it was given little time for the others' sake
+        quarantine("slow 9")
+    (tmp_path / "well").touch()
+    assert quarantine("slow 0").item() == 1
+
+
+def test_processes_that_do_not_end_are_not_left_behind_without_number(guard, monkeypatch):
+    """As on a disk that is gone, where the kernel cannot end them. Here they are not killed."""
+    kill = os.kill
+    quarantine = guard(lambda path: time.sleep(60) if path == "hangs" else torch.ones(1), longest=0.01)
+    monkeypatch.setattr("opensora.data.quarantine._SECONDS_TO_DIE", 0.0)
+    monkeypatch.setattr(os, "kill", lambda pid, signum: None)
+    for reason in [*["too slow"] * 5, *["not tried: 5 killed processes wait for a disk"] * 2]:
+        with pytest.raises(MediaError, match=reason):
+            quarantine("hangs")
+    monkeypatch.undo()
+    for pid in quarantine._left_behind:
+        kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    quarantine.longest = 10
+    assert quarantine("good").item() == 1

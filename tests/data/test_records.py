@@ -182,3 +182,11 @@ def test_fingerprint_is_of_the_content_that_plans_depend_on(tmp_path):
         changed.loc[2, column] = 7
         assert Table(write(changed, tmp_path / "d.csv")).fingerprint != csv
     assert Table(write(base[:2], tmp_path / "e.csv")).fingerprint != csv
+
+
+def test_the_folder_of_relative_paths_is_found_beside_absolute_ones(tmp_path, monkeypatch):
+    paths = ["/videos/a.mp4", "", "s3://videos/b.mp4", "sub/c.mp4"]
+    table = write(frame(path=paths), tmp_path / "t.csv")
+    monkeypatch.chdir(tmp_path)
+    assert Table(table).origin == str(tmp_path)
+    assert Table(write(frame(path=[*paths[:3], "/d.mp4"]), table)).origin == ""

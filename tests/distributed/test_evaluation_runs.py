@@ -164,12 +164,24 @@ def test_the_loss_of_held_out_samples(request, shapes, tmp_path, monkeypatch, ra
     assert found["by_clip"]["64px/9"] == found["loss"]
 
 
-def test_a_resumed_run_has_each_evaluation_once(two_ranks, shapes, tmp_path):
+def test_a_resumed_run_makes_up_for_the_evaluation_that_is_missing(two_ranks, shapes, tmp_path):
+    run = tmp_path / "run"
     common = [*COMMON, *EVALUATE, "--outputs", str(tmp_path), "--exp-name", "run", "--eval-prompts", PROMPTS[0]]
-    two_ranks(train, shapes.root, shapes.train_arguments(*common, "--ckpt-every", "3"))
-    load = ["--load", str(tmp_path / "run/epoch0-global_step3")]
-    two_ranks(train, shapes.root, shapes.train_arguments(*common, *load))
-    assert [line["step"] for line in evaluations(tmp_path / "run")] == [2, 4]
+    common = shapes.train_arguments(*common, "--ckpt-every", "2")
+    blocked = run / "eval/step0000004"  # a file where a folder should be: its samples can't be written
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    two_ranks(train, shapes.root, common)
+    first, last = evaluations(run)
+    assert [len(line["samples"]) for line in (first, last)] == [1, 0]
+
+    blocked.unlink()
+    (run / "eval.jsonl").write_text(json.dumps(last) + "\n")
+    two_ranks(train, shapes.root, [*common, "--load", str(run / "epoch0-global_step2")])
+    assert [(line["step"], line["loss"], len(line["samples"])) for line in evaluations(run)] == [
+        (2, first["loss"], 1),
+        (4, last["loss"], 1),
+    ]
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0}).Reload()
     gifs = events.Images("eval/prompt_0000")

@@ -209,6 +209,9 @@ def test_files_of_a_call(sample, tmp_path):
     assert not (folder / "contact_sheet.png").exists()  # the other rank has not drawn its samples
     sample(cfg)
     assert Image.open(folder / "contact_sheet.png").size[0] > 300
+    (folder / "contact_sheet.png").unlink()
+    sample(cfg)  # nothing but the sheet is missing, as after a call that was broken off
+    assert Image.open(folder / "contact_sheet.png").size[0] > 300
     report = json.loads((folder / "phases.json").read_text())
     assert report["samples"] == 2 and report["phases"]["diffusion"]["times"] == 1
     assert {"text", "load", "diffusion", "decode", "write"} == report["phases"].keys()
@@ -223,7 +226,7 @@ def test_a_refined_prompt_is_drawn_and_the_users_own_kept(tmp_path):
     cfg = config(tmp_path, motion_score="dynamic")
     request = planning.to_request(planning.Job(prompt, 0, tmp_path / "p.mp4"), cfg, SampleSize(9, 32, 48, "toy"))
     assert request.text == "a grey cat sleeps. 8 FPS. 2 motion score."
-    comment = json.loads(planning.tags_of(planning.Job(prompt, 0, tmp_path / "p.mp4"), request, cfg)["comment"])
+    comment = json.loads(planning.tags_of(planning.Job(prompt, 0, tmp_path / "p.mp4"), request, cfg, {})["comment"])
     assert comment["prompt"] == "a cat" and comment["text"] == request.text
 
 

@@ -113,6 +113,18 @@ def test_one_run_on_a_page_of_its_own(make_run, tmp_path):
     assert "2 times a sample was replaced, 1 files" in text
 
 
+def test_many_prompts_many_clips_and_a_prompt_twice(make_run):
+    run = make_run()
+    drawn = [{"prompt": f"p {max(i, 1)}", "file": f"eval/step0000010/{i}.mp4"} for i in range(100)]
+    clips = {f"{side}px/{n}": 0.5 for n in (129, 33, 5, 1) for side in (768, 256, 1024)}
+    (run / "eval.jsonl").write_text(json.dumps({"step": 10, "samples": drawn, "by_clip": clips}) + "\n")
+    write_report([run], run / "report.html")
+    text = parsed(run / "report.html").text
+    assert text.count("p 1") == 2 and "p 23" in text and "p 24" not in text and "24 of 100 prompts" in " ".join(text)
+    assert "The same by clip, 8 of 12" in text
+    assert [part for part in text if re.fullmatch(r"\d+px/\d+", part)][::7] == ["256px/1", "1024px/129"]
+
+
 def test_several_runs_are_told_apart(make_run):
     first, second = make_run("first"), make_run("second", steps=5, seed=2)
     write_report([first, second], first / "both.html")
@@ -141,7 +153,7 @@ def test_a_run_that_has_just_begun_and_lost_numbers(make_run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([run], run / "report.html")
     page = parsed(run / "report.html")
-    assert "nan" not in " ".join(page.text).lower() and page.tags.count("figure") >= 5
+    assert not {"nan", "inf", "infT"} & set(page.text) and page.tags.count("figure") >= 5
 
 
 @pytest.mark.parametrize(("made", "said"), [(False, "there is no such folder"), (True, "has no metrics.jsonl")])
@@ -151,6 +163,14 @@ def test_what_is_no_run(tmp_path, made, said):
     with pytest.raises(FileNotFoundError, match=said):
         write_report([tmp_path / "run"], tmp_path / "run/report.html")
     assert list(tmp_path.glob("**/*.html")) == [] and (tmp_path / "run").exists() == made
+
+
+def test_a_page_that_cannot_be_written(make_run, tmp_path):
+    run = make_run()
+    for page in (run, run / "metrics.jsonl/page.html"):  # a folder, and a file where a folder should be
+        with pytest.raises(ValueError, match=r"cannot be written .*--output FILE"):
+            write_report([run], page)
+    assert list(tmp_path.rglob("*.tmp")) == []
 
 
 def test_the_command(make_run):

@@ -97,7 +97,13 @@ RULES = [
     ("--prefetch-factor 0", "prefetch_factor=0 must be at least 1"),
     ("--warmup-steps -1", "warmup_steps=-1 must be at least 0"),
     ("--seed -1", "seed=-1 must be at least 0"),
-    ("--dist-timeout 0", "dist_timeout=0.0 must be above 0 seconds"),
+    ("--dist-timeout 0", "dist_timeout=0 must be above 0 and at most 10000000 seconds"),
+    ("--dist-timeout 1e15", "dist_timeout=1e+15 must be above 0 and at most 10000000 seconds"),
+    (
+        "--plugin-config.overlap-allgather True --model.compile True",
+        "plugin_config.overlap_allgather=True: a compiled model does not wait",
+    ),
+    ("--dist-timeout 600", "other ranks wait for it for dist_timeout=600 s: set e.g. --dataset.read-timeout 150"),
     ("--lr 0", "optim.lr=0.0 must be above 0"),
     ("--eps -1e-8", "optim.eps=-1e-08 must be at least 0"),
     ("--optim.weight-decay -1", "optim.weight_decay=-1.0 must be at least 0"),
@@ -325,3 +331,9 @@ def test_samples_have_the_size_of_the_lowest_resolution_if_nothing_else_is_said(
     chosen = ("--eval-option.resolution", "128px", "--eval-option.aspect-ratio", "1:1", "--eval-option.num-frames", "1")
     size = eval_size(load(*chosen))
     assert (size.num_frames, size.height, size.width, size.name) == (1, 128, 128, "128px")
+
+
+def test_reads_may_take_long_where_no_rank_waits_for_them(load):
+    validate(load("--dist-timeout", "60"), 1)
+    validate(load("--dist-timeout", "60", "--num-workers", "0"), 2)
+    validate(load("--dist-timeout", "60", "--dataset.read-timeout", "20"), 2)

@@ -133,7 +133,8 @@ def test_out_of_memory_shrinks_the_bucket_and_goes_on(shapes, tmp_path):
 def test_a_rank_that_waits_too_long_says_where_and_ends_all(shapes, tmp_path):
     """One rank is stopped (SIGSTOP): the other waits for it, says where, dumps its stacks and ends."""
     run = tmp_path / "run"
-    process = shapes.start(TRAIN, *arguments(shapes, tmp_path, "--dist-timeout", "8"), ranks=2)
+    settings = ["--dist-timeout", "8", "--dataset.read-timeout", "3"]
+    process = shapes.start(TRAIN, *arguments(shapes, tmp_path, *settings), ranks=2)
     wait_until(lambda: steps(run) and steps(run)[-1] > 20, process)
     stopped = rank_of(process.pid, 1)
     os.kill(stopped, signal.SIGSTOP)

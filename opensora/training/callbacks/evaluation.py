@@ -15,9 +15,9 @@ from opensora.training.state import UpdateMetrics
 
 class Evaluations(Callback):
     """Evaluates the weights every `every` updates and at the end of the run; not when the run is asked to stop, which
-    may have to be soon.
+    may have to be soon: a run that is resumed makes up for it.
 
-    listeners: are told of each evaluation.
+    listeners: are told of each evaluation; where one fails, as with a full disk, training goes on.
     """
 
     def __init__(self, every: int, listeners: Sequence[Callback]):
@@ -25,8 +25,15 @@ class Evaluations(Callback):
         self._evaluated_at: int | None = None
 
     def on_start(self, trainer) -> None:
-        self._evaluated_at = trainer.resumed_at
+        self._evaluated_at = trainer.context.on_main(lambda: last_evaluated(trainer.run_folder))
         self._evaluator = Evaluator(trainer.cfg, trainer.context, trainer.loader.dataset, trainer.step)
+        resumed_at = trainer.resumed_at
+        if (
+            resumed_at
+            and resumed_at % self._every == 0
+            and resumed_at not in (self._evaluated_at, trainer.total_updates)
+        ):
+            self._evaluate(trainer)
 
     def on_update(self, trainer, metrics: UpdateMetrics) -> None:
         is_last = metrics.step == trainer.total_updates  # evaluated when its checkpoint is written, at the end
@@ -42,7 +49,18 @@ class Evaluations(Callback):
             evaluation = self._evaluator(trainer.engine, trainer.ema, trainer.run_folder, trainer.state.global_step)
         self._evaluated_at = evaluation.step
         for listener in self._listeners:
-            listener.on_evaluation(trainer, evaluation)
+            try:
+                listener.on_evaluation(trainer, evaluation)
+            except Exception as error:
+                name = type(listener).__name__
+                get_logger().warning(f"{name} goes without the evaluation at step {evaluation.step}: {error}")
+
+
+def last_evaluated(run_folder: Path) -> int | None:
+    """The step of the last evaluation that `eval.jsonl` tells of."""
+    path = run_folder / EVALUATIONS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else None
 
 
 class EvaluationFile(Callback):

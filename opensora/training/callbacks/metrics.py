@@ -6,6 +6,7 @@ import dataclasses
 import json
 import netrc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -131,10 +132,12 @@ class WeightsAndBiases(Callback):
             self._run.log(scalars(metrics), step=metrics.step)
 
     def on_evaluation(self, trainer, evaluation: Evaluation) -> None:
-        self._run.log({**evaluation_scalars(evaluation), **wandb_samples(evaluation)}, step=evaluation.step)
+        self._run.log(evaluation_scalars(evaluation), step=evaluation.step)
+        self._run.log(wandb_samples(evaluation), step=evaluation.step)
 
     def close(self) -> None:
-        self._run.finish()
+        failed = sys.exc_info()[0] is not None  # closed on the way out of the trainer, with what ended it still raised
+        self._run.finish(exit_code=int(failed))
 
 
 def _has_login() -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from opensora.inference.output import write_whole
 from opensora.training.report import tables
-from opensora.training.report.charts import Line, line_chart, stacked_bars
+from opensora.training.report.charts import NUM_COLOURS, Line, line_chart, stacked_bars
 from opensora.training.report.files import RunFiles
-from opensora.training.report.samples import Embedder, sample_table
+from opensora.training.report.samples import Embedder, sample_table, spread
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -20,13 +22,14 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
 
     Raises:
         FileNotFoundError: a folder is not that of a run that has begun.
+        ValueError: the page can't be written.
     """
     runs = [RunFiles.read(folder) for folder in folders]
     html = render(runs, Embedder(page), datetime.now())
-    page.parent.mkdir(parents=True, exist_ok=True)
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(page)
+    try:
+        write_whole(page, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{page} cannot be written ({error.strerror}): give another place, --output FILE") from error
 
 
 def render(runs: Sequence[RunFiles], embedder: Embedder, now: datetime) -> str:
@@ -93,11 +96,18 @@ EVALUATION_PARTS = (("by clip", "by_clip", ""), ("by time", "by_time", "t = "))
 
 def _parts(run: RunFiles, named: bool, title: str, key: str, prefix: str) -> str:
     """A chart with a line for each part of a run's evaluated loss; "" if there is only one, which is the whole."""
-    names = run.names(key)
+    names = sorted(run.names(key), key=_in_order)
     if len(names) < 2:
         return ""
-    lines = [Line(prefix + name, run.evaluated(key, name), i) for i, name in enumerate(names)]
-    return line_chart(f"The same {title}" + (f", {run.name}" if named else ""), lines)
+    shown = spread(names, NUM_COLOURS)
+    lines = [Line(prefix + name, run.evaluated(key, name), i) for i, name in enumerate(shown)]
+    left_out = f", {len(shown)} of {len(names)}" if len(shown) < len(names) else ""
+    return line_chart(f"The same {title}{left_out}" + (f", {run.name}" if named else ""), lines)
+
+
+def _in_order(name: str) -> list[float]:
+    """By the numbers in it: 256px/5 before 256px/33."""
+    return [float(number) for number in re.findall(r"[\d.]+", name)]
 
 
 def _mean_seconds(run: RunFiles) -> dict[str, float]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from opensora.training.report.files import RunFiles
 
-MAX_COLUMNS = 8
+MAX_COLUMNS, MAX_ROWS = 8, 24
 # A file is put into the page if it is small, as long as the page does not get too large; others are linked to.
 EMBEDDED_BYTES, PAGE_BYTES = 256 * 2**10, 24 * 2**20
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
@@ -37,21 +37,30 @@ def sample_table(run: RunFiles, embedder: Embedder) -> str:
     if not drawn:
         return ""
     shown = spread(drawn, MAX_COLUMNS)
-    files = {evaluation["step"]: {s["prompt"]: s["file"] for s in evaluation["samples"]} for evaluation in shown}
-    prompts = list(dict.fromkeys(prompt for of_step in files.values() for prompt in of_step))
+    files = {e["step"]: {_key(sample): sample["file"] for sample in e["samples"]} for e in shown}
+    keys = list(dict.fromkeys(key for of_step in files.values() for key in of_step))
     head = "".join(f"<th>step {step:,}</th>" for step in files)
     rows = "".join(
         f'<tr><th class="prompt">{escape(prompt)}</th>'
-        + "".join(f"<td>{_media(run.folder, of_step.get(prompt), prompt, embedder)}</td>" for of_step in files.values())
+        + "".join(
+            f"<td>{_media(run.folder, of_step.get((name, prompt)), prompt, embedder)}</td>"
+            for of_step in files.values()
+        )
         + "</tr>"
-        for prompt in prompts
+        for name, prompt in keys[:MAX_ROWS]
     )
     left_out = f", {len(shown)} of {len(drawn)} evaluations" if len(shown) < len(drawn) else ""
+    left_out += f", {MAX_ROWS} of {len(keys)} prompts" if len(keys) > MAX_ROWS else ""
     weights = "averaged weights" if drawn[-1].get("averaged") else "weights as they were"
     return (
         f'<h3>{escape(run.name)} <span class="note">{weights}{left_out}</span></h3>'
         f'<div class="wide"><table class="samples"><tr><th></th>{head}</tr>{rows}</table></div>'
     )
+
+
+def _key(sample: dict) -> tuple[str, str]:
+    """The row of a sample: a list may have a prompt twice, and a resumed run another list."""
+    return Path(sample["file"]).stem, sample["prompt"]
 
 
 def spread(items: Sequence, count: int) -> list:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from opensora.training.report.charts import number
-from opensora.training.report.files import RunFiles, throughput
+from opensora.training.report.files import RunFiles, finite, throughput
 
 REJECTED_SHOWN = 40
 RECENT = 50  # updates whose mean is told as where a run is now
@@ -72,7 +72,7 @@ def buckets(run: RunFiles) -> str:
 
 def _bucket_row(clip: tuple, lines: Sequence[dict], updates: int) -> tuple[str, ...]:
     frames, *size = clip
-    losses = [line["loss"] for line in lines if line["loss"] == line["loss"]]
+    losses = [loss for _, loss in finite((line["step"], line["loss"]) for line in lines)]
     rates = [[rate for line in lines if (rate := throughput(line, what)) is not None] for what in ("samples", "tokens")]
     seconds = [line["samples"] / rate for line in lines if (rate := throughput(line, "samples"))]
     return (
