@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/stage1.py --dataset.data-path TABLE
 """
 
+import faulthandler
 import sys
 
 from opensora.common import one_line_errors, world_size
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> None:
 
     # The watchdog, which says where a rank waits, is to be before the collectives, which do not.
     with ParallelContext.create(cfg.dist_timeout + 60) as context:
+        # Where a start hangs is told by the stacks of all threads, on stderr. From the first update on the watchdog tells.
+        faulthandler.dump_traceback_later(cfg.dist_timeout)
         try:
             Trainer(cfg, context).run()
         except KeyboardInterrupt:
