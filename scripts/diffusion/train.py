@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
 
     # The watchdog, which says where a rank waits, is to be before the collectives, which do not.
     with ParallelContext.create(cfg.dist_timeout + 60) as context:
-        # Where a start hangs is told by the stacks of all threads, on stderr. From the first update on the watchdog tells.
+        # Stacks on stderr tell where a start hangs; from the first update on the watchdog does.
         faulthandler.dump_traceback_later(cfg.dist_timeout)
         try:
             Trainer(cfg, context).run()
