@@ -521,7 +521,8 @@ def test_shard_is_synced_before_it_returns(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), fsync(fd)))
     save_shard(tmp_path / "a.safetensors", {"x": torch.ones(1000)})
     file = (tmp_path / "a.safetensors").stat()
-    assert [(entry.st_ino, entry.st_size) for entry in synced if stat.S_ISREG(entry.st_mode)] == [(file.st_ino, file.st_size)]
+    files = [(entry.st_ino, entry.st_size) for entry in synced if stat.S_ISREG(entry.st_mode)]
+    assert files == [(file.st_ino, file.st_size)]
 
 
 def test_shards_can_be_read_by_whom_the_folder_says(tmp_path):
