@@ -5,10 +5,12 @@ OPENAI_BASE_URL is the endpoint ("http://localhost:8000/v1"; without it OpenAI's
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,7 @@ class Endpoint(NamedTuple):
     @classmethod
     def from_environment(cls, model: str, setting: str) -> Endpoint:
         """ValueError unless the environment names an endpoint; `setting` is what needs it, for the message."""
-        url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
+        url, key = (os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
         if not url and not key:
             raise ValueError(
                 f"{setting} asks a language model, and there is none: set OPENAI_API_KEY, or OPENAI_BASE_URL to an "
@@ -43,7 +45,11 @@ class Endpoint(NamedTuple):
             )
         if url and not url.startswith(("http://", "https://")):
             raise ValueError(f"OPENAI_BASE_URL={url} must begin with http:// or https://")
-        return cls((url or OPENAI).rstrip("/"), key, model)
+        if not _has_valid_port(url):
+            raise ValueError(f"OPENAI_BASE_URL={url} has a port that is none")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("OPENAI_API_KEY has characters that no key has: set it anew")
+        return cls((url or OPENAI).rstrip("/"), key or None, model)
 
     def ask(self, instruction: str, text: str) -> str:
         """The model's answer to `text`.
@@ -61,8 +67,8 @@ class Endpoint(NamedTuple):
                 failure = f"HTTP {error.code}: {_first_line(error.read())}"
                 if error.code not in (408, 429) and error.code < 500:
                     break  # the same request would be refused again
-            except (OSError, ValueError) as error:
-                failure = str(getattr(error, "reason", error))
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                failure = str(getattr(error, "reason", error)) or type(error).__name__
         raise ValueError(
             f"the language model '{self.model}' at {self.url} gives no answer ({failure}): check OPENAI_BASE_URL, "
             "OPENAI_API_KEY and --refine-model"
@@ -77,6 +83,13 @@ class Endpoint(NamedTuple):
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return response.read()
+
+
+def _has_valid_port(url: str) -> bool:
+    try:
+        return urllib.parse.urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _answer(body: bytes) -> str:

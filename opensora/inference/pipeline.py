@@ -147,7 +147,8 @@ class Pipeline:
             with self._meter("condition"), self._autoencoder_at_work():
                 condition = self._condition(requests, noise, draws)
         with self._meter("diffusion"), self._model_at_work():
-            return self.sampler(noise, text, negative, condition, on_step)
+            rising = torch.tensor([request.condition.startswith("i2v") for request in requests])
+            return self.sampler(noise, text, negative, condition, on_step, rising)
 
     def _embed(self, texts: Sequence[str]) -> TextEmbedding:
         """Each distinct text is encoded once."""

@@ -141,7 +141,7 @@ def _csv_rows(path: Path) -> Iterable[dict[str, str]]:
 
 def _txt_rows(path: Path) -> Iterable[dict[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also cuts where a prompt has U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset.data_path={path}: not text in UTF-8 ({error})") from error
     return [{"text": line.strip()} for line in lines if line.strip()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from opensora.common import get_logger
 from opensora.inference.language_model import AnswerFile, Endpoint
 from opensora.inference.prompts import Prompt
+from opensora.inference.references import condition_type
 
 DYNAMIC = "dynamic"  # as motion_score: let the language model rate each prompt
 ANSWERS = "refined_prompts.json"
@@ -64,7 +65,7 @@ def refine(cfg, prompts: Sequence[Prompt], is_image: bool, folder: Path) -> list
         return list(prompts)
     answers = AnswerFile(folder / ANSWERS)
     if cfg["refine_prompt"]:
-        prompts = _rewritten(prompts, is_image, cfg["cond_type"], answers, endpoint)
+        prompts = _rewritten(prompts, is_image, condition_type(cfg), answers, endpoint)
     if cfg["motion_score"] == DYNAMIC and not is_image:
         texts = [prompt.description for prompt in prompts]
         scores = answers.all(endpoint, "motion", INSTRUCTIONS["motion"], texts, read_score)

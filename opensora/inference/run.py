@@ -20,25 +20,27 @@ from opensora.inference.output import save_sample, write_png
 from opensora.inference.phases import PhaseMeter, save_report
 from opensora.inference.pipeline import Pipeline, Request, TextEncoder
 from opensora.inference.plan import Job, Plan, make_plan, tags_of, to_image_request, to_request
-from opensora.inference.text_phase import embed_texts
+from opensora.inference.text_phase import embed_texts, release_memory
 from opensora.models.sources import download
 from opensora.settings import get, parallel_sizes
 
 CONTACT_SHEET = "contact_sheet.png"
 
 
-def sample_all(cfg, context) -> None:
+def sample_all(cfg, context, on_main: Callable[[Callable[[], Plan]], Plan] | None = None) -> None:
     """Sample what `cfg` asks for, on all ranks of `context`: those that `plugin` lets share a model draw a sample
     together, the others other samples. Every rank calls it.
 
     Ranks do not wait for each other at the end: the last of a list may take longer than a time-out.
+
+    on_main: as the context's; one without a time-out lets others wait while a language model refines a long list.
     """
     sections = ("model", "img_flux") if cfg.use_t2i2v else ("model",)
     for section in sections:  # on every rank, since others would wait for rank 0 only so long
         download(get(cfg, f"{section}.from_pretrained"))
     sizes = parallel_sizes(cfg)
     context = context.share_samples(sizes.tensor, sizes.sequence)
-    plan = context.on_main(lambda: make_plan(cfg))
+    plan = (on_main or context.on_main)(lambda: make_plan(cfg))
     if not plan.jobs:
         get_logger().info("nothing to sample")
         if context.rank == 0 and not (plan.folder / CONTACT_SHEET).exists():
@@ -78,7 +80,10 @@ def _sample(cfg, plan: Plan, jobs: Sequence[Job], context, meter: PhaseMeter) ->
 
 def _texts(job: Job, cfg, plan: Plan) -> Iterator[str]:
     """All that will be asked of the text encoders."""
-    for request in (to_request(job, cfg, plan.size), to_image_request(job, cfg)):
+    requests = [to_request(job, cfg, plan.size)]
+    if plan.first_frame and not job.prompt.references:
+        requests.append(to_image_request(job, cfg))
+    for request in requests:
         yield from (request.text, request.negative)
 
 
@@ -96,14 +101,26 @@ def _with_first_frames(
     missing = [work for work, somewhere in zip(asked, context.model.any(absent), strict=True) if somewhere]
     if missing:
         get_logger().info(f"{len(missing)} first frames go to {missing[0][0].path.parent}")
-        with meter("load image"):
-            pipeline = image_pipeline(cfg, plan.first_frame, texts, context.device, meter, Division.of(cfg, context))
-
-        def save(job: Job, request: Request, frames: Tensor) -> None:
-            write_png(job.path, frames[0], tags_of(job, request, cfg, {}))
-
-        _draw(pipeline, missing, save, cfg, context, meter)
+        _draw_first_frames(cfg, plan, missing, texts, context, meter)
+        release_memory()
     return [_starting_from(job, image_path(job.path)) if not job.prompt.references else job for job in jobs]
+
+
+def _draw_first_frames(
+    cfg,
+    plan: Plan,
+    missing: Sequence[tuple[Job, Request]],
+    texts: tuple[TextEncoder, TextEncoder],
+    context,
+    meter: PhaseMeter,
+) -> None:
+    with meter("load image"):
+        pipeline = image_pipeline(cfg, plan.first_frame, texts, context.device, meter, Division.of(cfg, context))
+
+    def save(job: Job, request: Request, frames: Tensor) -> None:
+        write_png(job.path, frames[0], tags_of(job, request, cfg, {}))
+
+    _draw(pipeline, missing, save, cfg, context, meter)
 
 
 def _starting_from(job: Job, path: Path) -> Job:

@@ -48,6 +48,8 @@ class SamplerOptions:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"sampling_option.method='{self.method}' is unknown: one of {', '.join(METHODS)}")
+        if self.flow_shift is not None and not self.flow_shift > 0:
+            raise ValueError(f"sampling_option.flow_shift={self.flow_shift} must be above 0")
         if self.num_steps < 1:
             raise ValueError(f"sampling_option.num_steps={self.num_steps} must be at least 1")
 
@@ -120,12 +122,13 @@ class Sampler:
         negative: TextEmbedding,
         condition: Tensor | None = None,
         on_step: Callable[[], None] = lambda: None,
+        rising: Tensor | None = None,
     ) -> Tensor:
         """Latents [B, C, T, H, W] fp32 from `noise` of the same shape.
 
         text, negative: of the prompts and of the negative prompts, in the model's dtype. condition: [B, 1 + C, T, H, W]
         of the references, or None; the latents it gives stand in the result as they are. on_step: called after
-        every step.
+        every step. rising: [B], for which samples `scale_temporal_osci` counts (spec 10: image to video); None: all.
         """
         latent_size = tuple(noise.shape[2:])
         has_reference = condition is not None and bool(condition[:, 0].any())
@@ -137,7 +140,7 @@ class Sampler:
             text_scale, image_scale = self.options.scales(step)
             branches = needed_branches(text_scale, image_scale, has_reference, same_text)
             velocities = {branch: velocity(x, t, branch) for branch in branches}
-            image_scale = self._scale_of_tokens(image_scale, step, latent_size, x.device)
+            image_scale = self._scale_of_tokens(image_scale, step, latent_size, rising, x.device)
             x = euler_step(x, combine(velocities, text_scale, image_scale), t, t_next)
             on_step()
         self.reused = velocity.reused
@@ -177,11 +180,12 @@ class Sampler:
         return velocity
 
     def _scale_of_tokens(
-        self, scale: float, step: int, latent_size: tuple[int, int, int], device: torch.device
+        self, scale: float, step: int, latent_size: tuple[int, int, int], rising: Tensor | None, device: torch.device
     ) -> float | Tensor:
-        """The reference scale, or where it rises along time, one for each token [L, 1]."""
+        """The reference scale, or where it rises along time, one for each token [L, 1] or [B, L, 1]."""
         if not self.options.scale_temporal_osci or scale <= 1.0:
             return scale
         frames, height, width = latent_size
         of_frames = temporal_scale(scale, step, self.options.num_steps, frames).to(device)  # [T]
-        return of_frames.repeat_interleave(height * width // self.patch_size**2)[:, None]  # [L, 1]
+        of_tokens = of_frames.repeat_interleave(height * width // self.patch_size**2)[:, None]  # [L, 1]
+        return of_tokens if rising is None else torch.where(rising.to(device)[:, None, None], of_tokens, scale)

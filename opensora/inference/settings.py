@@ -153,7 +153,6 @@ LEAST = {
     "fps_save": 1,
     "lora_scale": 0,
     "num_sample": 1,
-    "sampling_option.flow_shift": 0,
     "sampling_option.guidance": 0,
     "sampling_option.guidance_img": 0,
     "sampling_option.height": 1,

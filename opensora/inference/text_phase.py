@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -43,8 +44,14 @@ def embed_texts(
         encoder = build_text_encoder(cfg, section, dtype, device)
         found.append(EmbeddedTexts(encoder, texts))
         del encoder
-        torch.cuda.empty_cache()  # nothing without a CUDA device
+        release_memory()
     return found[0], found[1]
+
+
+def release_memory() -> None:
+    """Give back what models held that nothing refers to any more; one whose forward was replaced refers to itself."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing without a CUDA device
 
 
 def build_text_encoder(cfg, section: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 
     with ParallelContext.create(cfg.dist_timeout) as context:
         ranks = SharedWork(context)
-        sample_all(cfg, context)
+        sample_all(cfg, context, ranks.on_main)
         ranks.wait()  # for as long as the last one takes: NCCL's groups are taken down by all of their ranks
 
 

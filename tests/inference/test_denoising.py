@@ -39,7 +39,7 @@ class CountingModel(nn.Module):
         return self.velocity(img, timesteps)
 
 
-def three_branch_reference(model, options, noise, text, negative, condition):
+def three_branch_reference(model, options, noise, text, negative, condition, temporal=True):
     """Spec 10 as it is written: always three velocities a step, in one batch."""
     batch, _, *size = noise.shape
     x = pack(noise, 2)
@@ -55,7 +55,7 @@ def three_branch_reference(model, options, noise, text, negative, condition):
         c, u, u2 = model(img=torch.cat([x, x, x]), timesteps=torch.full((3 * batch,), t), **inputs).chunk(3)
         gt = oscillate(options.guidance, i) if options.text_osci else options.guidance
         gi = oscillate(options.guidance_img, i) if options.image_osci else options.guidance_img
-        if gi > 1 and options.scale_temporal_osci:
+        if gi > 1 and options.scale_temporal_osci and temporal:
             last = torch.linspace(gi, 1.0, options.num_steps + 1)[i]
             gi = pack(torch.linspace(1.0, last, size[0])[None, None, :, None, None].expand(noise.shape), 2)
         x = x + (t_next - t) * (u2 + gi * (u - u2) + gt * (c - u))
@@ -75,6 +75,16 @@ def test_fewer_branches_equal_the_three_branch_algorithm(tiny_mmdit, with_refere
     expected = three_branch_reference(model, options, noise, texts(2, 1), texts(2, 2), condition)
     assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4)
     assert not torch.allclose(got, noise, atol=0.1)
+
+
+def test_the_scale_rises_for_image_to_video_alone(tiny_mmdit):
+    options = SamplerOptions(num_steps=12, guidance=3.0, guidance_img=2.0, scale_temporal_osci=True)
+    model, noise, condition = tiny_mmdit(), torch.randn(2, *LATENT), head_condition(2)
+    given = (noise, texts(2, 1), texts(2, 2), condition)
+    got = Sampler(model, options, torch.float32)(*given, rising=torch.tensor([True, False]))
+    rises, stays = (three_branch_reference(model, options, *given, temporal) for temporal in (True, False))
+    assert torch.allclose(got, torch.stack([rises[0], stays[1]]), atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(rises[1], stays[1], atol=1e-2)
 
 
 def test_only_what_the_scales_need_is_computed():

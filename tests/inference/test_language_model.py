@@ -71,7 +71,8 @@ def server(monkeypatch):
 
 
 def config(**settings):
-    defaults = {"refine_prompt": True, "refine_model": "a-model", "motion_score": "4", "cond_type": "t2v"}
+    defaults = {"refine_prompt": True, "refine_model": "a-model", "motion_score": "4"}
+    defaults |= {"cond_type": "t2v", "use_t2i2v": False}
     return ConfigDict({**defaults, **settings})
 
 
@@ -175,3 +176,21 @@ def test_openai_itself_is_the_default(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     assert Endpoint.from_environment("m", "refine_prompt=True").url == "https://api.openai.com/v1"
+
+
+def test_a_key_from_a_file_with_windows_line_ends(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert language_model.Endpoint.from_environment("m", "refine_prompt=True").key == "sk-secret"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [("OPENAI_API_KEY", "sk\nsecret", "OPENAI_API_KEY has"), ("OPENAI_BASE_URL", "http://host:port/v1", "port")],
+)
+def test_what_no_request_can_be_made_of(monkeypatch, name, value, complaint):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=complaint) as error:
+        language_model.Endpoint.from_environment("m", "refine_prompt=True")
+    assert "secret" not in str(error.value)
