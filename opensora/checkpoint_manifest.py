@@ -49,7 +49,7 @@ def weight_problems(checkpoint: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     wanted = [name for name in files if name.startswith(_WEIGHTS) and (checkpoint / name).parent.is_dir()]
-    return _size_problems(checkpoint, {name: files[name] for name in wanted})
+    return size_problems(checkpoint, {name: files[name] for name in wanted})
 
 
 def problems(checkpoint: Path, checksums: bool = True) -> list[str]:
@@ -62,7 +62,7 @@ def problems(checkpoint: Path, checksums: bool = True) -> list[str]:
         files, chunk_bytes = _read(checkpoint)
     except ValueError as error:
         return [str(error)]
-    found = _size_problems(checkpoint, files)
+    found = size_problems(checkpoint, files)
     return found or (differences(checkpoint, files, chunk_bytes) if checksums else [])
 
 
@@ -89,7 +89,8 @@ def _read(checkpoint: Path) -> tuple[dict[str, FileRecord], int]:
     return files, chunk_bytes
 
 
-def _size_problems(checkpoint: Path, files: Mapping[str, FileRecord]) -> list[str]:
+def size_problems(checkpoint: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """The files that are missing or of another size than recorded, a line each."""
     found = []
     for name, record in files.items():
         try:

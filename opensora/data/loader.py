@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
 from typing import Any, NamedTuple
 
 import torch
@@ -263,7 +265,7 @@ def build_loader(
             "prefetch_factor": prefetch_factor or 2,
             "persistent_workers": True,
             # Fork shares the table with the workers instead of copying it; workers never touch a GPU.
-            "multiprocessing_context": "fork",
+            "multiprocessing_context": _WorkerContext(),
             "worker_init_fn": _start_worker,
         }
     return BatchLoader(
@@ -280,10 +282,27 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+class _WorkerPopen(Popen):
+    """`terminate` is what torch and Python's exit do to a worker that does not end; workers ignore SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _WorkerProcess(ForkProcess):
+    _Popen = staticmethod(_WorkerPopen)
+
+
+class _WorkerContext(ForkContext):
+    Process = _WorkerProcess
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # What is sent to the group of the process that trains is for it alone: it stops its workers. torchrun sends so.
+    # What asks for a stop is for the process that trains alone: it stops its workers. torchrun sends it to the group of
+    # that, a cluster to every process of a job.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     dataset = get_worker_info().dataset
     dataset.read_clip = Quarantine(dataset.read_clip, dataset.read_timeout)

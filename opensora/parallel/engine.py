@@ -156,6 +156,13 @@ class Engine:
                 if master is shard.master:
                     inner.init_state(group, master, group_index, index)
 
+    def numbers_device(self, shard: ParameterShard) -> torch.device:
+        """Where torch's optimizers keep a shard's step: on the host, since they read it in every update, unless their
+        kernels do."""
+        groups = self.optimizer.optim.param_groups
+        by_kernels = any(group.get("fused") or group.get("capturable") for group in groups)
+        return shard.master.device if by_kernels else torch.device("cpu")
+
     def restore_optimizer_state(self, shard: ParameterShard, saved: Mapping[str, Any]) -> None:
         """Fill the state of a bitsandbytes optimizer (`make_optimizer_state`).
 

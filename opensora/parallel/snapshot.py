@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
     file: str
     offset: int
-    data: bytes | Tensor
+    data: bytes | memoryview | Tensor
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +47,10 @@ class SnapshotMemory:
     def nbytes(self) -> int:
         return 0 if self._pages is None else self._pages.tensor.nbytes
 
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Get the memory that `take` of files of these sizes needs; MemoryError: the host does not give so much."""
+        self._reserve(max(sum(map(_whole_pages, sizes.values())), PAGE_BYTES))
+
     def take(self, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> dict[str, memoryview]:
         """The bytes of files by name, put together from pieces; valid until the next call or `release`.
 
@@ -59,10 +63,10 @@ class SnapshotMemory:
         Raises:
             MemoryError: the host does not give so much.
         """
+        self.reserve(sizes)
         places, end = {}, 0
         for name, size in sizes.items():
-            places[name], end = end, end + -(-size // PAGE_BYTES) * PAGE_BYTES
-        self._reserve(max(end, PAGE_BYTES))
+            places[name], end = end, end + _whole_pages(size)
         filled = dict(places)
         for piece in pieces:
             start = places[piece.file] + piece.offset
@@ -79,7 +83,7 @@ class SnapshotMemory:
         if start < stop:
             self._pages.tensor[start:stop].zero_()
 
-    def _put(self, start: int, data: bytes | Tensor) -> None:
+    def _put(self, start: int, data: bytes | memoryview | Tensor) -> None:
         if isinstance(data, Tensor):
             place = self._pages.tensor[start : start + data.nbytes].view(data.dtype).view(data.shape)
             place.copy_(data, non_blocking=True)
@@ -104,6 +108,10 @@ class SnapshotMemory:
                 "this host gives no %.1f GiB of page-locked memory (%s): checkpoints are copied to it more slowly",
                 nbytes / 2**30, error,
             )  # fmt: skip
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class _Pages:

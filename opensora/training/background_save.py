@@ -14,12 +14,23 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from opensora.checkpoint_folder import list_checkpoints, parse_folder_name
-from opensora.checkpoint_manifest import MANIFEST, FileRecord, checksum, format_manifest, weight_problems
+from opensora.checkpoint_manifest import (
+    MANIFEST,
+    FileRecord,
+    checksum,
+    format_manifest,
+    size_problems,
+    summary,
+    weight_problems,
+)
 from opensora.common import get_logger
 from opensora.durable import sync_folder, write_synced
 from opensora.training.file_writer import Writer
-from opensora.training.run_folder import TEMPORARY_PREFIX
+from opensora.training.run_folder import REPLACED_PREFIX, TEMPORARY_PREFIX
 from opensora.training.sharded_state import INDEX, Entry, format_index
+
+# Network file systems show what other hosts wrote only after a while (NFS: up to acdirmax, 60 s).
+VISIBLE_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,17 +109,25 @@ class Publisher:
         try:
             self._take_entries(outcomes)
             if failure is None:
+                _check_visible(temporary, [outcome.records for outcome in outcomes])
                 records = {name: record for outcome in outcomes for name, record in outcome.records.items()}
                 self._add_indexes(temporary, records)
                 manifest = format_manifest(records, self._facts).encode()
                 write_synced(temporary / MANIFEST, lambda file: file.write(manifest))
                 publish(temporary, final)
-                prune(final.parent, self._retention)
         except Exception as error:
             failure = f"rank 0: {error}"
         if failure is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            self._prune(final)
         return failure
+
+    def _prune(self, published: Path) -> None:
+        try:
+            prune(published.parent, self._retention, published)
+        except Exception as error:  # the checkpoint is there all the same
+            get_logger().warning(f"old checkpoints of {published.parent} could not be removed ({error})")
 
     def _take_entries(self, outcomes: Sequence[_Outcome]) -> None:
         """An index is made anew only when what some rank holds has changed: for many ranks it takes long."""
@@ -160,22 +179,46 @@ def temporary_folder(final: Path) -> Path:
     return final.with_name(TEMPORARY_PREFIX + final.name)
 
 
+def _check_visible(folder: Path, records: Sequence[Mapping[str, FileRecord]]) -> None:
+    """FileNotFoundError if this host does not see what every rank wrote."""
+    until = time.monotonic() + VISIBLE_AFTER_S
+    for rank, files in enumerate(records):
+        while found := size_problems(folder, files):
+            if time.monotonic() > until:
+                raise FileNotFoundError(
+                    f"rank {rank}'s files are not there ({summary(found)}): --outputs must be on storage that all "
+                    "hosts share"
+                )
+            time.sleep(0.5)
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Give a written checkpoint its final name, on the disk before this returns."""
     for folder, _, _ in os.walk(temporary):
         sync_folder(Path(folder))
     if final.exists():  # the same step saved again, after a resume
-        doomed = final.with_name(TEMPORARY_PREFIX + "old-" + final.name)
-        final.rename(doomed)
+        replaced = final.with_name(REPLACED_PREFIX + final.name)
+        final.rename(replaced)
         temporary.rename(final)
-        shutil.rmtree(doomed)
+        sync_folder(final.parent)
+        _remove(replaced, final.name)
     else:
         temporary.rename(final)
-    sync_folder(final.parent)
+        sync_folder(final.parent)
 
 
-def prune(run_folder: Path, retention: Retention) -> None:
-    """Remove the checkpoints of a run that need not stay; renamed first, so that none is ever half there.
+def _remove(folder: Path, name: str) -> None:
+    """Remove a checkpoint, renamed first, so that none is ever half there; a failure is only said."""
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}old-{name}")
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        get_logger().warning(f"{folder} could not be removed ({error})")
+
+
+def prune(run_folder: Path, retention: Retention, published: Path | None = None) -> None:
+    """Remove the checkpoints of a run that need not stay. That just published does.
 
     Those that lack something don't count as newest ones.
     """
@@ -185,11 +228,6 @@ def prune(run_folder: Path, retention: Retention) -> None:
     whole = [checkpoint for checkpoint in checkpoints if not weight_problems(checkpoint)]
     for old in checkpoints[: checkpoints.index(whole[-retention.latest :][0])] if whole else []:
         _, global_step = parse_folder_name(old)
-        if retention.every and global_step % retention.every == 0:
-            continue
-        doomed = old.with_name(TEMPORARY_PREFIX + "old-" + old.name)
-        try:
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            get_logger().warning(f"{old} could not be removed ({error})")
+        milestone = retention.every and global_step % retention.every == 0
+        if not milestone and old != published:
+            _remove(old, old.name)

@@ -24,6 +24,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ from opensora.training.state import TrainState
 from opensora.training.versions import versions
 
 MASTER = "master"
+# Ranks wait for the one that writes longest, which on a slow disk takes longer than any collective of training.
+SAVE_TIMEOUT = timedelta(days=1)
 
 
 class Checkpointer:
@@ -109,6 +112,11 @@ class Checkpointer:
             self.wait()
         return final
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way, of which no `check` or `wait` has seen the end."""
+        return self._saving is not None
+
     def check(self) -> None:
         """After an update: notice the end of a save in the background, on all ranks in the same update.
 
@@ -140,11 +148,12 @@ class Checkpointer:
         """`wait`, at the end of a run that may have failed already; then give the memory back."""
         try:
             self.wait()
-            if self._publisher is not None:
-                self._publisher.close()
         except OSError as error:
             get_logger().error(str(error))
-        self._memory.release()
+        finally:
+            self._memory.release()
+            if self._publisher is not None:
+                self._publisher.close()
 
     def load(self, checkpoint: Path) -> None:
         """Restore masters, moments, averages and generators of this rank. The model's weights, or its adapters, are
@@ -171,11 +180,11 @@ class Checkpointer:
         context = self.context
         facts = {"versions": versions() if context.is_main else {}}
         facts["layout"] = {"world_size": context.world_size, **self._layout}
-        group = dist.new_group(backend="gloo", timeout=context.timeout)
+        group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         return Publisher(group, choose_writer(self._in_background), self._retention, facts)
 
     def _collect(self, state: TrainState, files: Mapping[str, str], running: Mapping) -> _Parts:
-        """What this rank writes."""
+        """What this rank writes, with the memory for a copy of it."""
         self.engine.wait_for_weights()
         parts, rank = _Parts(), self.context.rank
         if not self.engine.trains_adapters:
@@ -196,6 +205,7 @@ class Checkpointer:
         if self.context.is_main:
             for name, text in {**files, **self._numbers(state, running)}.items():
                 parts.add_bytes(name, text.encode())
+        self._memory.reserve(parts.sizes)  # what may well fail, before ranks put parameters together in step
         return parts
 
     def _numbers(self, state: TrainState, running: Mapping) -> dict[str, str]:
@@ -207,10 +217,15 @@ class Checkpointer:
         }
 
     def _copy(self, parts: _Parts) -> Files | str:
-        """The files in host memory, or why there are none: the other ranks, which write theirs, are told so."""
+        """The files in host memory, or why there are none: the other ranks, which write theirs, are told so.
+
+        With tensor parallelism a failure is raised: the others of the group are out of step with this rank.
+        """
         try:
             return Files(self._memory.take(parts.sizes, parts.pieces), parts.entries)
         except (MemoryError, RuntimeError) as error:
+            if self.context.tensor.size > 1:
+                raise
             return f"rank {self.context.rank}: {error}"
 
     def _optimizer_states(self) -> list[tuple[ParameterShard, dict[str, Any]]]:
@@ -271,7 +286,7 @@ class Checkpointer:
             if shard.name in local:
                 self.engine.restore_optimizer_state(shard, local[shard.name])
             else:
-                _set_numbers(state, shard, steps)
+                _set_numbers(state, shard, steps, self.engine.numbers_device(shard))
             for key in keys.get(shard.name, [f"{MASTER}.{shard.name}"]):
                 tensors[key] = [shard.as_logical(_place(kind, shard, state)) for kind in _kinds(key)]
         load_tensors(folder, tensors, self.context.host_group)
@@ -305,7 +320,7 @@ class _Parts:
         self.sizes |= sizes
         self._pieces.append(pieces)
 
-    def add_bytes(self, name: str, content: bytes) -> None:
+    def add_bytes(self, name: str, content: bytes | memoryview) -> None:
         self.add({name: len(content)}, iter([Piece(name, 0, content)]))
 
     def add_tensors(self, folder: str, tensors: Mapping[str, Stack], rank: int) -> None:
@@ -359,17 +374,19 @@ def _place(kind: str, shard: ParameterShard, state: dict[str, Any]) -> torch.Ten
     return state[kind]
 
 
-def _set_numbers(state: dict[str, Any], shard: ParameterShard, steps: Mapping[str, Mapping[str, float]]) -> None:
+def _set_numbers(
+    state: dict[str, Any], shard: ParameterShard, steps: Mapping[str, Mapping[str, float]], device: torch.device
+) -> None:
     for kind, values in steps.items():
         if shard.name in values:
             value = values[shard.name]  # torch counts steps in tensors, bitsandbytes in integers
-            state[kind] = value if isinstance(value, int) else torch.tensor(value, device=shard.master.device)
+            state[kind] = value if isinstance(value, int) else torch.tensor(value, device=device)
 
 
-def _bytes(write: Callable[[io.BytesIO], Any]) -> bytes:
+def _bytes(write: Callable[[io.BytesIO], Any]) -> memoryview:
     file = io.BytesIO()
     write(file)
-    return file.getvalue()
+    return file.getbuffer()
 
 
 def _generators() -> dict[str, Any]:

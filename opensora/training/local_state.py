@@ -26,12 +26,17 @@ def is_local(shard: ParameterShard, state: Mapping[str, Any]) -> bool:
 
 
 def write_local_state(states: Mapping[str, Mapping[str, Any]], file: BinaryIO) -> None:
-    """Write the states by parameter name. Copies, since tensors in paged memory carry attributes of bitsandbytes."""
+    """Write the states by parameter name."""
     plain = {
-        name: {key: value.cpu().clone() if torch.is_tensor(value) else value for key, value in state.items()}
+        name: {key: _plain(value) if torch.is_tensor(value) else value for key, value in state.items()}
         for name, state in states.items()
     }
     torch.save(plain, file)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host: tensors in paged memory, which are there already, carry attributes of bitsandbytes."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def read_local_state(checkpoint: Path, context: ParallelContext) -> dict[str, dict[str, Any]]:

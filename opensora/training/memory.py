@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -26,23 +26,29 @@ SHRUNK_FILE = "shrunk_buckets.jsonl"
 _SHRINKABLE = ("encode", "forward_backward")
 # Closing what is open can wait for ranks that wait for this one.
 _CLOSING_S = 10.0
+# What torch's plain RuntimeErrors say where memory ran out: of the host, and of the device outside torch's allocator.
+_HOST_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+_DEVICE_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, of the device or of the host (of which torch has no type of error)."""
-    host = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    """Whether `error` says that memory ran out, of the device or of the host."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in host)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_MEMORY + _DEVICE_MEMORY)
     )
 
 
 @contextmanager
-def naming_failures(place: Whereabouts, run_folder: Path, shrinks: bool) -> Iterator[None]:
+def naming_failures(
+    place: Whereabouts, run_folder: Path, shrinks: bool, finish_save: Callable[[], None]
+) -> Iterator[None]:
     """Name the batch in which the run failed. Where memory ran out this one line is all, and the process ends;
     so it is where a worker of the data loader died, mostly of the same.
 
     Args:
         shrinks: whether a smaller batch size is to be noted for the next start.
+        finish_save: waits for the checkpoint that is being written, if there is one, before the process ends; an
+            OSError says that it failed.
     """
     try:
         yield
@@ -50,14 +56,18 @@ def naming_failures(place: Whereabouts, run_folder: Path, shrinks: bool) -> Iter
         if not is_out_of_memory(error):
             get_logger().error(f"failed in {place}")
             raise
-        _end_with(_report(error, place, run_folder, shrinks))
+        _end_with(_report(error, place, run_folder, shrinks), finish_save)
     except WorkerDiedError as error:
-        _end_with(str(error))
+        _end_with(str(error), finish_save)
 
 
-def _end_with(message: str) -> NoReturn:
+def _end_with(message: str, finish_save: Callable[[], None]) -> NoReturn:
     """Say why at once, before the others see that this rank is gone, and end."""
     get_logger().error(f"error: {message}")
+    try:
+        finish_save()
+    except OSError as error:
+        get_logger().error(str(error))
     last_resort = threading.Timer(_CLOSING_S, os._exit, (1,))
     last_resort.daemon = True
     last_resort.start()
@@ -93,7 +103,10 @@ def read_shrunk(run_folder: Path) -> dict[tuple[str, int], int]:
     """The batch sizes that earlier starts of a run noted: {(resolution, frames): samples}."""
     path, shrunk = run_folder / SHRUNK_FILE, {}
     for line in path.read_text().splitlines() if path.is_file() else []:
-        note = json.loads(line)
+        try:
+            note = json.loads(line)
+        except json.JSONDecodeError:  # half a line, of a full disk
+            continue
         key = (note["resolution"], note["num_frames"])
         shrunk[key] = min(note["batch_size"], shrunk.get(key, note["batch_size"]))
     return shrunk

@@ -6,10 +6,11 @@ import json
 import shutil
 import time
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
-from opensora.checkpoint_folder import list_checkpoints
+from opensora.checkpoint_folder import list_checkpoints, parse_folder_name
 from opensora.common import get_logger, log_to_file
 from opensora.durable import HeldError, hold
 
@@ -17,6 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 EVALUATIONS_FILE = "eval.jsonl"
 TEMPORARY_PREFIX = ".tmp-"
+# What a whole checkpoint is named while one of the same step takes its place.
+REPLACED_PREFIX = TEMPORARY_PREFIX + "replaced-"
+# What a checkpoint is named when the run went on from an older one. None with this name is listed or pruned.
+ABANDONED_PREFIX = "abandoned-"
 
 
 def default_experiment_name(config_file: str, now: datetime) -> str:
@@ -31,24 +36,25 @@ class RunFolder:
     """A run's folder, held by one run at a time. Made and used on rank 0 alone.
 
     Args:
-        resumes: this run goes on from a checkpoint in it.
         patience_s: seconds to wait for a run that holds it and may be ending.
 
     Raises:
-        ValueError: another run holds the folder, or a new run would write over one that has checkpoints.
+        ValueError: another run holds the folder.
     """
 
-    def __init__(self, path: Path, resumes: bool, patience_s: float = 0.0):
+    def __init__(self, path: Path, patience_s: float = 0.0):
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._hold(time.monotonic() + patience_s)
-        if not resumes and list_checkpoints(path):
+        _tidy(path)
+
+    def check_new(self) -> None:
+        """ValueError if a new run would write over one that has checkpoints."""
+        if list_checkpoints(self.path):
             raise ValueError(
-                f"exp_name='{path.name}': {path} already holds checkpoints; "
-                f"continue it with --load {path}, or choose another --exp-name"
+                f"exp_name='{self.path.name}': {self.path} already holds checkpoints; "
+                f"continue it with --load {self.path}, or choose another --exp-name"
             )
-        for unfinished in path.glob(TEMPORARY_PREFIX + "*"):
-            shutil.rmtree(unfinished)
 
     def _hold(self, until: float) -> IO[str]:
         while True:
@@ -74,11 +80,38 @@ class RunFolder:
         self._log.close()
         self._lock.close()
 
+    def cut_checkpoints(self, global_step: int) -> None:
+        """Set aside the checkpoints of updates after `global_step`: this run makes its own of them."""
+        later = [found for found in list_checkpoints(self.path) if parse_folder_name(found)[1] > global_step]
+        for checkpoint in later:
+            checkpoint.rename(_unused(checkpoint.with_name(ABANDONED_PREFIX + checkpoint.name)))
+        if later:
+            get_logger().warning(
+                f"{self.path}: {len(later)} checkpoint(s) of updates after {global_step}, from which this run goes on, "
+                f"are now named {ABANDONED_PREFIX}*; remove them when you don't need them"
+            )
+
     def cut_metrics(self, global_step: int) -> None:
         """Drop the lines of updates after `global_step`, which will be done again, and a line cut short by a kill."""
         for name in (METRICS_FILE, EVALUATIONS_FILE):
             if (self.path / name).exists():
                 _cut(self.path / name, global_step)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what saves that did not end left; what one of them was about to replace gets its name back."""
+    for replaced in path.glob(REPLACED_PREFIX + "*"):
+        final = path / replaced.name.removeprefix(REPLACED_PREFIX)
+        if not final.exists():
+            replaced.rename(final)
+    for unfinished in path.glob(TEMPORARY_PREFIX + "*"):
+        shutil.rmtree(unfinished)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number if there is such a one already."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in count(2))
+    return next(found for found in chain([path], numbered) if not found.exists())
 
 
 def _cut(path: Path, global_step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from opensora.parallel.context import ParallelContext
 from opensora.parallel.shared_batches import receive_batches, send_batches
 from opensora.parallel.staging import StagedBatches
 from opensora.parallel.timing import PhaseTimer
+from opensora.parallel.work import SharedWork
 from opensora.settings import parallel_sizes
 from opensora.training import callbacks
 from opensora.training.background_save import Retention
@@ -50,10 +51,19 @@ class Trainer:
     """
 
     def __init__(self, cfg, context: ParallelContext):
+        self.requests = callbacks.Requests()
+        try:
+            self._build(cfg, context)
+        except BaseException:
+            self.requests.close()
+            raise
+
+    def _build(self, cfg, context: ParallelContext) -> None:
         sizes = parallel_sizes(cfg)
         context = context.share_samples(sizes.tensor, sizes.sequence)
         self.cfg, self.context = cfg, context
-        start = context.on_main(lambda: find_start(cfg))
+        self._folder: RunFolder | None = None
+        start = SharedWork(context).on_main(self._find_start)
         checkpoint = start.checkpoint
         if cfg.oom_policy == "shrink":
             shrink_buckets(cfg.bucket_config, context.on_main(lambda: read_shrunk(named_folder(cfg))))
@@ -81,17 +91,20 @@ class Trainer:
         torch.manual_seed(cfg.seed + context.rank // context.tensor.size)
         if checkpoint is not None:
             self.checkpointer.load(checkpoint)
+        context.on_main(self._cut_run_folder)
         self.timer = PhaseTimer(context.device, PHASES)
         self.whereabouts = Whereabouts(context.rank, self.sampler, self.timer, self.state.global_step)
         self.learning_rate = LearningRate(cfg.optim.lr, cfg.warmup_steps, cfg.use_cosine_scheduler, self.total_updates)
-        self.requests = callbacks.Requests(self.run_folder, reads_files=context.is_main)
+        if context.is_main:
+            self.requests.look_for_files(self.run_folder)
         self.callbacks = self._build_callbacks()
         self._log_summary(checkpoint)
 
     def run(self) -> None:
         """Train until `max_steps` updates or `epochs` epochs are done, or the ranks are asked to stop."""
         try:
-            with naming_failures(self.whereabouts, self.run_folder, shrinks=self.cfg.oom_policy == "shrink"):
+            shrinks = self.cfg.oom_policy == "shrink"
+            with naming_failures(self.whereabouts, self.run_folder, shrinks, self.checkpointer.wait):
                 self._notify("on_start")
                 with closing(self._updates()) as updates:
                     for micro_batches in updates:
@@ -101,11 +114,16 @@ class Trainer:
                 self._notify("on_end")
             self.checkpointer.wait()
         finally:
-            for callback in self.callbacks:
-                callback.close()
-            self.checkpointer.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close everything, whatever fails to: first the checkpointer, which may be writing, last the folder."""
+        with ExitStack() as stack:
             if self.context.is_main:
-                self._folder.close()
+                stack.callback(self._folder.close)
+            for callback in reversed(self.callbacks):
+                stack.callback(callback.close)
+            stack.callback(self.checkpointer.close)
 
     def save_checkpoint(self) -> Path:
         """Save where the run is now, with `async_io` in the background; every rank calls it."""
@@ -223,18 +241,31 @@ class Trainer:
         total = state.global_step + max(0, epochs_left * per_epoch - state.update)
         return total if self.cfg.max_steps is None else min(total, self.cfg.max_steps)
 
+    def _find_start(self) -> Start:
+        """On rank 0: where the run starts. A folder that is there is held first: the run that is ending in it may save
+        once more, and remove what would have been found."""
+        if self.cfg.exp_name and named_folder(self.cfg).is_dir():
+            self._hold(named_folder(self.cfg))
+        return find_start(self.cfg)
+
+    def _hold(self, path: Path) -> None:
+        self._folder = RunFolder(path, LOCK_PATIENCE_S if self.cfg.auto_resume else 0.0)
+
+    def _cut_run_folder(self) -> None:
+        self._folder.cut_metrics(self.state.global_step)
+        self._folder.cut_checkpoints(self.state.global_step)
+
     def _open_run_folder(self, checkpoint: Path | None) -> Path:
         """The run's folder, made and locked on rank 0, known to all. Only a checkpoint of its own continues a folder:
         one of another run would mix two runs' metrics and checkpoints."""
         cfg = self.cfg
 
         def open_folder() -> Path:
-            name = cfg.exp_name or default_experiment_name(cfg.filename, datetime.now())
-            path = Path(cfg.outputs) / name
-            resumes = checkpoint is not None and checkpoint.resolve().parent == path.resolve()
-            self._folder = RunFolder(path, resumes, LOCK_PATIENCE_S if cfg.auto_resume else 0.0)
+            if self._folder is None:
+                self._hold(Path(cfg.outputs) / (cfg.exp_name or default_experiment_name(cfg.filename, datetime.now())))
+            if checkpoint is None or checkpoint.resolve().parent != self._folder.path.resolve():
+                self._folder.check_new()
             self._folder.write_config(dump_config(cfg))
-            self._folder.cut_metrics(self.state.global_step)
             self._folder.start_log()
             return self._folder.path
 
@@ -300,6 +331,10 @@ def named_folder(cfg) -> Path:
 def find_start(cfg) -> Start:
     """With `auto_resume` the newest checkpoint of the run's own folder, if it has one; else what `load` names."""
     if cfg.auto_resume and list_checkpoints(named_folder(cfg)):
+        if cfg.load:
+            get_logger().info(
+                "auto_resume: going on from the run's own newest checkpoint; --load is for its first start"
+            )
         return Start(find_checkpoint(cfg, named_folder(cfg)), goes_on=True)
     return Start(find_checkpoint(cfg) if cfg.load else None)
 

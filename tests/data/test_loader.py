@@ -267,6 +267,19 @@ def test_a_worker_that_is_killed_is_named_where_batches_are_read(mixed):
     )
 
 
+def test_a_worker_survives_a_stop_of_the_whole_job_but_not_its_end(mixed):
+    """A cluster sends SIGTERM to every process; what the process that trains ends is ended, whatever it is doing."""
+    others = multiprocessing.active_children()
+    batches = iter(build_loader(mixed, sampler_of(mixed), num_workers=1, prefetch_factor=1))
+    next(batches)
+    worker = next(child for child in multiprocessing.active_children() if child.daemon and child not in others)
+    os.kill(worker.pid, signal.SIGTERM)
+    assert all(next(batches) for _ in range(3)) and worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
 def test_rows_that_the_table_does_not_give_are_replaced(folder, tmp_path):
     """Of shards that were cut off, or hold no text, since the run began."""
     table = make_table(folder, "cut.csv", [("long.mp4", 20, 64, 24)] * 4)

@@ -15,6 +15,7 @@ from opensora.checkpoint_folder import list_checkpoints
 from opensora.checkpoint_manifest import problems
 from opensora.models.weight_files import open_averages, open_weights
 from opensora.parallel.engine import Engine
+from opensora.training import background_save
 from opensora.training import checkpoint as checkpoint_module
 from opensora.training.checkpoint import Checkpointer
 from opensora.training.ema import ExponentialMovingAverage
@@ -193,6 +194,26 @@ def test_what_one_rank_cannot_write_all_raise_and_the_one_before_stays(two_ranks
     assert "step2 failed: rank 1: no more room; the checkpoints before it are intact" in first and "\n" not in first
     assert [path.name for path in tmp_path.iterdir()] == ["epoch0-global_step1"]
     assert problems(tmp_path / "epoch0-global_step1") == []
+
+
+def save_to_own_disk(context, folder: Path) -> str:
+    """Rank 1 writes where rank 0 does not see it."""
+    engine, ema = make(context)
+    update(context, engine, ema, 0)
+    patience, background_save.VISIBLE_AFTER_S = background_save.VISIBLE_AFTER_S, 0.0
+    try:
+        Checkpointer(context, engine, ema).save(folder if context.is_main else folder / "other", state(1), {}, {})
+    except OSError as error:
+        return str(error)
+    finally:
+        background_save.VISIBLE_AFTER_S = patience
+
+
+def test_outputs_that_hosts_do_not_share_are_no_checkpoint(two_ranks, tmp_path):
+    first, second = two_ranks(save_to_own_disk, tmp_path)
+    for message in (first, second):
+        assert "rank 1's files are not there (" in message and "--outputs must be on storage that all hosts" in message
+    assert list_checkpoints(tmp_path) == [] and not list(tmp_path.glob(".tmp-*"))
 
 
 def save_until_full(context, folder: Path, hidden: bool) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from runs import assert_same_end, metrics, numbers, train
 
+from opensora.checkpoint_folder import list_checkpoints
+
 EMA = ["--ema-decay", "0.9"]
 
 
@@ -143,3 +145,25 @@ def test_a_checkpoint_of_another_run_does_not_continue_a_folder(two_ranks, shape
     for message in two_ranks(load_into_another_run, shapes.root, shapes.train_arguments(*common, *load)):
         assert "already holds checkpoints" in message
     assert numbers(tmp_path / "second") == before
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_of_its_own(one_rank, shapes, tmp_path):
+    run = tmp_path / "run"
+    common = [
+        "--outputs",
+        str(tmp_path),
+        "--exp-name",
+        "run",
+        "--num-workers",
+        "0",
+        "--ckpt-every",
+        "1",
+        "--keep-n-latest",
+        "3",
+    ]
+    one_rank(train, shapes.root, shapes.train_arguments(*common, "--max-steps", "3"))
+    older = ["--load", str(run / "epoch0-global_step1"), "--max-steps", "2"]
+    one_rank(train, shapes.root, shapes.train_arguments(*common, *older))
+    assert [path.name for path in list_checkpoints(run)] == ["epoch0-global_step1", "epoch0-global_step2"]
+    assert len(list(run.glob("abandoned-*"))) == 2
+    assert [line["step"] for line in metrics(run)] == [1, 2]
