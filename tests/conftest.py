@@ -12,13 +12,6 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    """Where several processes share the tests, a file's stay together, and so do all that use the groups of ranks."""
-    for item in items:
-        together = "ranks" if item.path.parent.name == "distributed" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> ShapesWorld:
     """Made once per session, in about ten seconds."""
