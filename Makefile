@@ -129,7 +129,7 @@ demo-clean:  ## remove the demo's data, run and samples, to start it anew
 .PHONY: test test-slow test-gpu chaos lint
 test: $(DEV_STAMP)  ## the default test suite, on the CPU
 	$(call heading,"tests")
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	python -m pytest $(ARGS)
 
 test-slow: $(DEV_STAMP)  ## the long tests
 	$(call heading,"slow tests")
