@@ -5,10 +5,12 @@
 #   PIP_ARGS     options for every pip install, e.g. PIP_ARGS="-c constraints.txt"
 #   TORCH_INDEX  the index to take PyTorch alone from: on a machine without a GPU, that of PyTorch's CPU builds
 #   ARGS         further arguments for pytest, e.g. make test ARGS="-k bucket"
+#   JOBS         processes that make test divides the tests among; 0: none beside its own, for a debugger
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 ARGS ?=
 
@@ -127,9 +129,10 @@ demo-clean:  ## remove the demo's data, run and samples, to start it anew
 # ---- tests ---------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-slow test-gpu chaos lint
+# The tests of a file stay together: they share what is slow to make.
 test: $(DEV_STAMP)  ## the default test suite, on the CPU
 	$(call heading,"tests")
-	python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(DEV_STAMP)  ## the long tests
 	$(call heading,"slow tests")

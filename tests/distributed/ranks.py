@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
@@ -17,13 +17,12 @@ class Ranks:
     def __init__(self, world_size: int):
         self.world_size = world_size
         spawn = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Held here, as by a torchrun: a port that is looked for first and bound by a rank later may be taken by then.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, world_size, port, theirs))
+            process = spawn.Process(target=_serve, args=(rank, world_size, self._store.port, theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -49,12 +48,13 @@ class Ranks:
 def _serve(rank: int, world_size: int, port: int, pipe) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     import torch
 
     from opensora.parallel.context import ParallelContext
 
     torch.set_num_threads(1)
-    context = ParallelContext.create(60)
+    context = ParallelContext.create(240)
     while (task := pipe.recv()) is not None:
         function, args = task
         try:
