@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, lockf
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -63,14 +64,26 @@ def put_in_place(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that has its name, in place of an older one, only when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields where to write a file that has its name, in place of an older one, only when the block ends without an
+    error and all of it is on the disk. Its folder is made if need be.
+
+    No other process, of this host or another, has the same place to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}.tmp")  # no longer than names may be
     try:
-        write_synced(temporary, write)
+        yield temporary
         put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, texts in UTF-8, that has its name only when it is whole (`whole_file`)."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def hold(path: Path) -> IO[str]:

@@ -8,22 +8,27 @@ from pathlib import Path
 import pytest
 
 from opensora import durable
-from opensora.durable import HeldError, hold, lock, put_in_place, sync_folder, write_synced, write_whole
+from opensora.durable import HeldError, hold, lock, put_in_place, sync_folder, whole_file, write_synced, write_whole
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
     path = tmp_path / "a.json"
-    write_whole(path, lambda file: file.write(b"old"))
-
-    def break_off(file):
-        file.write(b"n")
+    write_whole(path, b"old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
+        temporary.write_bytes(b"n")
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, break_off)
     assert path.read_bytes() == b"old"
-    write_whole(path, lambda file: file.write(b"new"))
+    write_whole(path, "new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.json"]
+    with whole_file(path) as one, whole_file(path) as other:
+        assert one != other
+        one.touch(), other.touch()
+
+
+def test_a_name_as_long_as_names_may_be_can_be_written(tmp_path):
+    longest = tmp_path / "new" / ("a" * 251 + ".mp4")
+    write_whole(longest, "a")
+    assert longest.read_text() == "a"
 
 
 def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):

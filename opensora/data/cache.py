@@ -173,7 +173,7 @@ def _check_format(folder: Path, description: Mapping[str, Any], setting: str) ->
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "cache.json", lambda file: file.write(json.dumps(description, indent=1).encode()))
+    write_whole(folder / "cache.json", json.dumps(description, indent=1))
 
 
 def without_entry(folder: Path, rejected: Mapping[Key, str]) -> list[Key]:

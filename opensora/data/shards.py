@@ -78,7 +78,7 @@ class ShardIndex:
             return None
 
     def save(self, folder: Path) -> None:
-        write_whole(folder / INDEX_FILE, lambda file: file.write(json.dumps(asdict(self), indent=1).encode()))
+        write_whole(folder / INDEX_FILE, json.dumps(asdict(self), indent=1))
 
     def damage(self, folder: Path) -> str | None:
         """What is missing in `rows/` of the finished shards; None if nothing is."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import av
 from PIL import Image, ImageDraw, ImageFont
 
-from opensora.inference.output import write_whole
+from opensora.durable import whole_file
 
 FRAMES = 3  # of a video: the first, the middle and the last
 FRAME_SIDE = 160  # pixels of a frame's longer side
@@ -39,7 +39,8 @@ def write_contact_sheet(path: Path, entries: Sequence[Entry]) -> None:
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
     for i, cell in enumerate(cells):
         sheet.paste(cell, (MARGIN + i % columns * width, MARGIN + i // columns * height))
-    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _cell(entry: Entry, font: ImageFont.FreeTypeFont) -> Image.Image:

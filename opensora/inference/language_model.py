@@ -13,18 +13,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from opensora.common import get_logger
-from opensora.inference.output import write_whole
+from opensora.durable import write_whole
 
 OPENAI = "https://api.openai.com/v1"
 TRIES = 3
 WAIT = 2.0  # seconds before the second try, twice as many before the third
 TIMEOUT = 120.0  # seconds for an answer
 AT_ONCE = 8  # requests under way
+ANSWERS = "refined_prompts"
 
 
 class Endpoint(NamedTuple):
@@ -107,14 +109,17 @@ def _first_line(body: bytes) -> str:
 
 
 class AnswerFile:
-    """Answers by model, task and text, kept in a json file: a list that is continued keeps its texts."""
+    """Answers by model, task and text, kept in a json file: a list that is continued keeps its texts.
 
-    def __init__(self, path: Path):
-        self._path = path
-        try:
-            self._answers: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._answers = {}
+    part: of the file's name, so that calls for other parts of a list write other files. All of the folder are read.
+    """
+
+    def __init__(self, folder: Path, part: str = ""):
+        self._path = folder / f"{ANSWERS}{part}.json"
+        self._answers: dict[str, str] = {}
+        for path in (*sorted(folder.glob(f"{ANSWERS}*.json")), self._path):  # where two differ, its own counts
+            with suppress(OSError, ValueError):
+                self._answers |= json.loads(path.read_text(encoding="utf-8"))
 
     def all(
         self, endpoint: Endpoint, task: str, instruction: str, texts: Sequence[str], read: Callable[[str], str]
@@ -132,14 +137,16 @@ class AnswerFile:
                 (keys[text], pool.submit(lambda text: read(endpoint.ask(instruction, text)), text)) for text in missing
             ]
             try:
-                for key, answer in asked:
-                    self._answers[key] = answer.result()
+                for _, answer in asked:
+                    answer.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-                if self._answers:
-                    self._save()
+                self._keep(asked)
         return {text: self._answers[key] for text, key in keys.items()}
 
-    def _save(self) -> None:
-        text = json.dumps(self._answers, indent=1, ensure_ascii=False)
-        write_whole(self._path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    def _keep(self, asked: Sequence[tuple[str, Future[str]]]) -> None:
+        """Those that were answered: after a failure, others were under way."""
+        answered = [(key, answer) for key, answer in asked if not answer.cancelled() and not answer.exception()]
+        self._answers |= {key: answer.result() for key, answer in answered}
+        if answered:
+            write_whole(self._path, json.dumps(self._answers, indent=1, ensure_ascii=False) + "\n")

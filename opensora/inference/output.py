@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from opensora.durable import whole_file, write_whole
 
 
 def to_uint8(video: Tensor) -> Tensor:
@@ -40,11 +41,12 @@ def save_sample(
 
     tags: kept in the file: text chunks of a png by any name; of an mp4 "title" and "comment" among others.
     """
-    write_whole(path.with_suffix(".txt"), lambda temporary: temporary.write_text(prompt + "\n", encoding="utf-8"))
+    write_whole(path.with_suffix(".txt"), prompt + "\n")
     if path.suffix == ".png":
         write_png(path, frames[0], tags)
     else:
-        write_whole(path, lambda temporary: write_mp4(temporary, frames, fps, crf, tags))
+        with whole_file(path) as temporary:
+            write_mp4(temporary, frames, fps, crf, tags)
 
 
 def write_png(path: Path, image: Tensor, tags: Mapping[str, str] | None = None) -> None:
@@ -53,7 +55,8 @@ def write_png(path: Path, image: Tensor, tags: Mapping[str, str] | None = None) 
     for name, text in (tags or {}).items():
         chunks.add_itxt(name, text)  # in UTF-8
     picture = Image.fromarray(image.numpy())
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=chunks))
+    with whole_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float, crf: int, tags: Mapping[str, str] | None = None) -> None:
@@ -74,14 +77,3 @@ def write_mp4(path: Path, frames: Tensor, fps: float, crf: int, tags: Mapping[st
         for image in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file of the same folder, which is made if need be, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

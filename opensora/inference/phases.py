@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from opensora.common import get_logger
-from opensora.inference.output import write_whole
+from opensora.durable import write_whole
 from opensora.parallel.memory import PeakMemory
 
 GIB = 2**30
@@ -58,4 +58,4 @@ def _has(found: dict[str, Any], place: str) -> bool:
 
 
 def save_report(path: Path, report: dict[str, Any]) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8"))
+    write_whole(path, json.dumps(report, indent=2) + "\n")

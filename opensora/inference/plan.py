@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,12 @@ from pathlib import Path
 from opensora.checkpoint_folder import resolve_checkpoint
 from opensora.common import get_logger
 from opensora.diffusion.random import derive_seed
-from opensora.inference.metadata import sample_tags
+from opensora.inference.metadata import first_difference, read_comment, sample_tags
 from opensora.inference.output import output_folder, sample_suffix
 from opensora.inference.pipeline import Request
 from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
 from opensora.inference.references import check_references, condition_type
-from opensora.inference.refine import refine
+from opensora.inference.refine import DYNAMIC, refine
 from opensora.inference.size import Compression, SampleSize, first_frame_size, sample_size
 from opensora.inference.text_limits import report_long_texts
 from opensora.models.sources import find_weights, open_model
@@ -29,6 +30,10 @@ class Job:
     sample: int
     path: Path
 
+    def is_done(self) -> bool:
+        """Whether its sample is there. An empty file is what is left after a power cut on some file systems."""
+        return self.path.is_file() and self.path.stat().st_size > 0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,6 +44,8 @@ class Plan:
         weights: the file or checkpoint that `model.from_pretrained` means, if it is set.
         lora: the adapters to merge into them, if there are.
         first_frame: the size that the image model draws first frames in, with use_t2i2v.
+        part: in the names of files about all samples of the call, which rows of the list they are: others may draw the
+            others. Empty for a whole list.
     """
 
     size: SampleSize
@@ -47,6 +54,7 @@ class Plan:
     weights: Path | None
     lora: Path | None
     first_frame: SampleSize | None = None
+    part: str = ""
 
     @property
     def folder(self) -> Path:
@@ -77,16 +85,17 @@ def plan_samples(cfg, weights: Path | None, lora: Path | None) -> Plan:
     size = sample_size(cfg)
     prompts = read_prompts(cfg)
     _check_references(cfg, prompts, size)
-    folder = output_folder(cfg.save_dir, size.num_frames, size.name)
+    folder, part = output_folder(cfg.save_dir, size.num_frames, size.name), _part_of_list(cfg, prompts)
     wanted = [
         Job(prompt, k, folder / (prompt.file_stem(k, cfg.num_sample) + sample_suffix(size.num_frames)))
         for prompt in prompts
         for k in range(cfg.num_sample)
     ]
-    jobs = _missing(wanted, folder)
-    if jobs:
-        jobs = _refined(cfg, jobs, size, folder)
-    return Plan(size, jobs, wanted, weights, lora, first_frame_size(cfg, size) if cfg.use_t2i2v else None)
+    plan = Plan(size, wanted, wanted, weights, lora, first_frame_size(cfg, size) if cfg.use_t2i2v else None, part)
+    jobs = [job for job in wanted if not job.is_done()]
+    if len(jobs) < len(wanted):
+        _report_skipped(cfg, plan, [job for job in wanted if job.is_done()])
+    return replace(plan, jobs=_refined(cfg, jobs, plan) if jobs else jobs)
 
 
 def read_prompts(cfg) -> list[Prompt]:
@@ -113,31 +122,43 @@ def _check_references(cfg, prompts: Sequence[Prompt], size: SampleSize) -> None:
     check_references(prompts, cond_type, cfg.model.get("cond_embed", False), causal, size, drawn=cfg.use_t2i2v)
 
 
-def _missing(wanted: Sequence[Job], folder: Path) -> list[Job]:
-    """The jobs whose sample is not there. What is there of another prompt is said: nobody would expect it."""
-    missing = [job for job in wanted if not job.path.exists()]
-    if len(missing) < len(wanted):
-        get_logger().info(f"{len(wanted) - len(missing)} of {len(wanted)} samples are in {folder} already: skipped")
-    others = [job for job in wanted if job.path.exists() and not _shows(job)]
-    if others:
+def _part_of_list(cfg, prompts: Sequence[Prompt]) -> str:
+    whole = not cfg.start_index and cfg.end_index is None
+    return "" if whole else f"_{prompts[0].index:04d}-{prompts[-1].index:04d}"
+
+
+def _report_skipped(cfg, plan: Plan, done: Sequence[Job]) -> None:
+    """Say what is there already, and if some of it is not what would be drawn now: nobody would expect it."""
+    get_logger().info(f"{len(done)} of {len(plan.wanted)} samples are in {plan.folder} already: skipped")
+    found = [(job, difference) for job in done if (difference := _difference(job, cfg, plan))]
+    if found:
+        job, difference = found[0]
         get_logger().warning(
-            f"{len(others)} of them, the first {others[0].path.name}, show another prompt than yours: give another "
-            "--save-dir, or delete them to have them drawn anew"
+            f"{len(found)} of them are not what you ask for ({job.path.name}: {difference}): give another --save-dir, "
+            "or delete them to have them drawn anew"
         )
-    return missing
 
 
-def _shows(job: Job) -> bool:
-    """Whether the sample that is there was drawn of the job's prompt, as far as the text beside it tells."""
-    try:
-        return job.path.with_suffix(".txt").read_text(encoding="utf-8").strip() == job.prompt.text.strip()
-    except (OSError, UnicodeDecodeError):
-        return True
+def _difference(job: Job, cfg, plan: Plan) -> str | None:
+    """In what the sample that is there is another one than the job's, as far as the file tells."""
+    request = to_request(job, cfg, plan.size)
+    told = read_comment(job.path)
+    if told is None:
+        try:
+            text = job.path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return None if text == job.prompt.text.strip() else "another prompt"
+    expected = json.loads(tags_of(job, request, cfg, plan.model_files)["comment"])
+    unknown = {"text"} if cfg.refine_prompt or cfg.motion_score == DYNAMIC else set()
+    if cfg.use_t2i2v and not job.prompt.references:
+        unknown |= {"condition", "references"}  # of the first frame, which may have gone
+    return first_difference(told, expected, unknown)
 
 
-def _refined(cfg, jobs: Sequence[Job], size: SampleSize, folder: Path) -> list[Job]:
+def _refined(cfg, jobs: Sequence[Job], plan: Plan) -> list[Job]:
     prompts = list({job.prompt.index: job.prompt for job in jobs}.values())
-    refined = {prompt.index: prompt for prompt in refine(cfg, prompts, size.is_image, folder)}
+    refined = {prompt.index: prompt for prompt in refine(cfg, prompts, plan.size.is_image, plan.folder, plan.part)}
     return [replace(job, prompt=refined[job.prompt.index]) for job in jobs]
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensora.common import get_logger
 from opensora.registry import DATASETS
+
+COLUMNS = ("text", "ref", "neg", "name")
+LONGEST_NAME = 240  # bytes: file systems take 255, with the sample's number and ending
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,12 @@ def _csv_rows(path: Path) -> Iterable[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             if "text" not in (reader.fieldnames or ()):
-                found = ", ".join(reader.fieldnames or ()) or "none"
+                found = ", ".join(reader.fieldnames) or "none"
                 raise ValueError(f"dataset.data_path={path}: it needs a column 'text' (columns found: {found})")
+            if others := [name for name in reader.fieldnames if name and name not in COLUMNS]:
+                get_logger().info(f"{path}: of its columns {', '.join(others)} are not used, {', '.join(COLUMNS)} are")
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"dataset.data_path={path}: not a csv file in UTF-8 ({error})") from error
@@ -158,3 +166,8 @@ def _check_names(path: Path, prompts: Sequence[Prompt]) -> None:
             raise ValueError(f"dataset.data_path={path}: {count} rows are named '{name}': names are file names")
         if Path(name).name != name or name.startswith("."):
             raise ValueError(f"dataset.data_path={path}: the name '{name}' cannot be a file name")
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise ValueError(
+                f"dataset.data_path={path}: the name '{name[:20]}...' has {len(os.fsencode(name))} bytes: at most "
+                f"{LONGEST_NAME}"
+            )

@@ -13,7 +13,6 @@ from opensora.inference.prompts import Prompt
 from opensora.inference.references import condition_type
 
 DYNAMIC = "dynamic"  # as motion_score: let the language model rate each prompt
-ANSWERS = "refined_prompts.json"
 
 INSTRUCTIONS = {
     "video": (
@@ -55,15 +54,16 @@ def endpoint_of(cfg) -> Endpoint | None:
     return None
 
 
-def refine(cfg, prompts: Sequence[Prompt], is_image: bool, folder: Path) -> list[Prompt]:
+def refine(cfg, prompts: Sequence[Prompt], is_image: bool, folder: Path, part: str = "") -> list[Prompt]:
     """The prompts with what a language model makes of them, as far as the settings ask for it.
 
-    Answers are kept in `folder`, so that samples drawn later have the same text.
+    Answers are kept in `folder`, so that samples drawn later have the same text; `part` names the rows of a call that
+    draws a part of a list.
     """
     endpoint = endpoint_of(cfg)
     if endpoint is None or not prompts:
         return list(prompts)
-    answers = AnswerFile(folder / ANSWERS)
+    answers = AnswerFile(folder, part)
     if cfg["refine_prompt"]:
         prompts = _rewritten(prompts, is_image, condition_type(cfg), answers, endpoint)
     if cfg["motion_score"] == DYNAMIC and not is_image:

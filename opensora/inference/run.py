@@ -24,8 +24,6 @@ from opensora.inference.text_phase import embed_texts, release_memory
 from opensora.models.sources import download
 from opensora.settings import get, parallel_sizes
 
-CONTACT_SHEET = "contact_sheet.png"
-
 
 def sample_all(cfg, context, on_main: Callable[[Callable[[], Plan]], Plan] | None = None) -> None:
     """Sample what `cfg` asks for, on all ranks of `context`: those that `plugin` lets share a model draw a sample
@@ -43,7 +41,7 @@ def sample_all(cfg, context, on_main: Callable[[Callable[[], Plan]], Plan] | Non
     plan = (on_main or context.on_main)(lambda: make_plan(cfg))
     if not plan.jobs:
         get_logger().info("nothing to sample")
-        if context.rank == 0 and not (plan.folder / CONTACT_SHEET).exists():
+        if context.rank == 0 and not _contact_sheet(plan).exists():
             _write_sheet(plan)
         return
     get_logger().info(f"{len(plan.jobs)} samples go to {plan.folder}")
@@ -52,8 +50,11 @@ def sample_all(cfg, context, on_main: Callable[[Callable[[], Plan]], Plan] | Non
     if mine:
         _sample(cfg, plan, mine, context, meter)
     meter.log()
-    name = "phases.json" if context.rank == 0 else f"phases_rank{context.rank}.json"
-    save_report(plan.folder / name, {"samples": len(mine), "offload": cfg.offload, "phases": meter.report()})
+    rank = f"_rank{context.rank}" if context.rank else ""
+    save_report(
+        plan.folder / f"phases{rank}{plan.part}.json",
+        {"samples": len(mine), "offload": cfg.offload, "phases": meter.report()},
+    )
 
 
 def _sample(cfg, plan: Plan, jobs: Sequence[Job], context, meter: PhaseMeter) -> None:
@@ -153,12 +154,15 @@ def _writes(context) -> bool:
     return context.model.rank == 0
 
 
+def _contact_sheet(plan: Plan) -> Path:
+    return plan.folder / f"contact_sheet{plan.part}.png"
+
+
 def _write_sheet(plan: Plan) -> None:
     """A contact sheet of all that was asked for, by the rank that finds all of it there."""
-    if len(plan.wanted) > 1 and all(job.path.exists() for job in plan.wanted):
-        get_logger().info(f"contact sheet of {len(plan.wanted)} samples: {plan.folder / CONTACT_SHEET}")
-        entries = [Entry(job.path, job.prompt.text) for job in plan.wanted]
-        write_contact_sheet(plan.folder / CONTACT_SHEET, entries)
+    if len(plan.wanted) > 1 and all(job.is_done() for job in plan.wanted):
+        get_logger().info(f"contact sheet of {len(plan.wanted)} samples: {_contact_sheet(plan)}")
+        write_contact_sheet(_contact_sheet(plan), [Entry(job.path, job.prompt.text) for job in plan.wanted])
 
 
 def batches(work: Sequence, batch_size: int) -> Iterator[Sequence]:

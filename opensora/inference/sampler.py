@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from opensora.diffusion.flow import euler_step
-from opensora.diffusion.guidance import Branch, combine, needed_branches, oscillate, temporal_scale
+from opensora.diffusion.guidance import (
+    FULL,
+    NEITHER,
+    NO_TEXT,
+    Branch,
+    combine,
+    needed_branches,
+    oscillate,
+    temporal_scale,
+)
 from opensora.diffusion.schedule import sampling_schedule
 from opensora.diffusion.tokens import pack, position_ids, text_position_ids, unpack
 from opensora.inference.step_cache import StepCache, Velocity
@@ -50,6 +59,11 @@ class SamplerOptions:
             raise ValueError(f"sampling_option.method='{self.method}' is unknown: one of {', '.join(METHODS)}")
         if self.flow_shift is not None and not self.flow_shift > 0:
             raise ValueError(f"sampling_option.flow_shift={self.flow_shift} must be above 0")
+        if self.flow_shift is not None and not self.shift:
+            raise ValueError(
+                f"sampling_option.flow_shift={self.flow_shift} shifts nothing with sampling_option.shift=False: leave "
+                "one of them out"
+            )
         if self.num_steps < 1:
             raise ValueError(f"sampling_option.num_steps={self.num_steps} must be at least 1")
 
@@ -80,8 +94,11 @@ class TextEmbedding:
         """Some texts of the batch; None: all."""
         return self if rows is None else TextEmbedding(self.tokens[rows], self.vector[rows])
 
-    def equals(self, other: TextEmbedding) -> bool:
-        return torch.equal(self.tokens, other.tokens) and torch.equal(self.vector, other.vector)
+    def equal_rows(self, other: TextEmbedding) -> Tensor:
+        """[B], which texts are the same."""
+        pairs = ((self.tokens, other.tokens), (self.vector, other.vector))
+        tokens, vector = ((ours == theirs).flatten(1).all(1) for ours, theirs in pairs)
+        return tokens & vector
 
 
 class Sampler:
@@ -131,15 +148,16 @@ class Sampler:
         every step. rising: [B], for which samples `scale_temporal_osci` counts (spec 10: image to video); None: all.
         """
         latent_size = tuple(noise.shape[2:])
-        has_reference = condition is not None and bool(condition[:, 0].any())
-        same_text = text.equals(negative)
+        masked = noise.new_zeros(len(noise)) if condition is None else condition[:, 0].flatten(1).any(1)
+        referenced, unguided = masked > 0, text.equal_rows(negative)  # [B], which samples
+        has_reference, same_text = bool(referenced.any()), bool(unguided.all())
         compute = self._velocities(noise, text, negative, condition)
         velocity = StepCache(compute, self.options.step_cache, self._agree)
         x = pack(noise.float(), self.patch_size)  # [B, L, C * p * p]
         for step, (t, t_next) in enumerate(itertools.pairwise(self.times(latent_size))):
             text_scale, image_scale = self.options.scales(step)
             branches = needed_branches(text_scale, image_scale, has_reference, same_text)
-            velocities = {branch: velocity(x, t, branch) for branch in branches}
+            velocities = _same_as_alone({branch: velocity(x, t, branch) for branch in branches}, referenced, unguided)
             image_scale = self._scale_of_tokens(image_scale, step, latent_size, rising, x.device)
             x = euler_step(x, combine(velocities, text_scale, image_scale), t, t_next)
             on_step()
@@ -189,3 +207,17 @@ class Sampler:
         of_frames = temporal_scale(scale, step, self.options.num_steps, frames).to(device)  # [T]
         of_tokens = of_frames.repeat_interleave(height * width // self.patch_size**2)[:, None]  # [L, 1]
         return of_tokens if rising is None else torch.where(rising.to(device)[:, None, None], of_tokens, scale)
+
+
+def _same_as_alone(velocities: dict[Branch, Tensor], referenced: Tensor, unguided: Tensor) -> dict[Branch, Tensor]:
+    """Branches that are the same computation for a sample, made equal for it, though others of its batch need both.
+
+    They may differ by what the step cache kept of each, and a sample does not depend on its batch. All [B, ...].
+    """
+    velocities = dict(velocities)
+    if NO_TEXT in velocities:
+        velocities[NO_TEXT] = torch.where(unguided[:, None, None], velocities[FULL], velocities[NO_TEXT])
+    if NEITHER in velocities:
+        other = velocities.get(NO_TEXT, velocities[FULL])
+        velocities[NEITHER] = torch.where(referenced[:, None, None], velocities[NEITHER], other)
+    return velocities

@@ -204,6 +204,11 @@ def _check_autoencoder_ranks(cfg: Mapping[str, Any]) -> None:
 def _check_size(cfg: Mapping[str, Any]) -> None:
     option = cfg["sampling_option"]
     SamplerOptions.from_config(option)
+    if option["method"] == "distill" and not cfg["model"].get("guidance_embed") and option["guidance"] != 1:
+        raise ValueError(
+            f"sampling_option.guidance={option['guidance']} is told to nobody: with method='distill' the model guides "
+            "itself, and one without guidance_embed takes no scale: set --guidance 1, or --sampling_option.method i2v"
+        )
     check_frames(option["num_frames"], cfg["ae"], "sampling_option.num_frames")
     sample_size(cfg)
 

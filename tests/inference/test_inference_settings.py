@@ -77,6 +77,12 @@ def test_short_names_reach_the_sampling_option(load):
         ("--cond_type i2v_head --ref a.png --model.cond-embed False", "needs a model that takes conditions"),
         ("--motion-score much", "motion_score='much' must be a number, 1 to 7, or 'dynamic'"),
         ("--sampling_option.step_cache -1", "sampling_option.step_cache=-1.0 must be at least 0"),
+        ("--sampling_option.flow_shift 0", "sampling_option.flow_shift=0.0 must be above 0"),
+        (
+            "--sampling_option.flow_shift 3 --sampling_option.shift False",
+            "flow_shift=3.0 shifts nothing with sampling_option.shift=False: leave one of them out",
+        ),
+        ("--sampling_option.method distill", "sampling_option.guidance=4.0 is told to nobody"),
         ("--dtype bfloat16", "dtype='bfloat16' is unknown"),
         ("--plugin zero3", "plugin='zero3' is unknown"),
         ("--plugin hybrid --plugin_config dict(tp_size=2)", "tp_size=2 * pp_size=1 * sp_size=1 = 2 does not divide"),

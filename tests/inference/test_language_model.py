@@ -152,13 +152,23 @@ def test_no_server_is_one_line(server, tmp_path):
 
 
 def test_answers_before_a_failure_are_kept(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "AT_ONCE", 1)
-    server.reply = lambda instruction, text: None if text == "b" else text.upper()
+    monkeypatch.setattr(language_model, "AT_ONCE", 2)
+    server.reply = lambda instruction, text: None if text == "a" else text.upper()
     with pytest.raises(ValueError, match="gives no answer"):
-        refine(config(), prompts("a", "b", "c"), is_image=False, folder=tmp_path)
+        refine(config(), prompts("a", "b"), is_image=False, folder=tmp_path)
     server.reply, server.requests = lambda instruction, text: text.upper(), []
     refine(config(), prompts("a", "b", "c"), is_image=False, folder=tmp_path)
-    assert server.asked == ["b", "c"]
+    assert sorted(server.asked) == ["a", "c"]
+
+
+def test_calls_for_parts_of_a_list_write_files_of_their_own_and_know_each_others(server, tmp_path):
+    refine(config(), prompts("a", "b"), False, tmp_path, "_0000-0001")
+    refine(config(), prompts("b", "c"), False, tmp_path, "_0002-0003")
+    assert sorted(server.asked) == ["a", "b", "c"]
+    assert [p.refined for p in refine(config(), prompts("a", "b", "c"), False, tmp_path)] == ["A", "B", "C"]
+    assert len(server.requests) == 3
+    names = ["refined_prompts_0000-0001.json", "refined_prompts_0002-0003.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_answers_are_cleaned():

@@ -82,6 +82,7 @@ def test_samples_of_a_prompt_are_numbered_if_several(tmp_path):
         ("p.csv", b"ref,text\nx.png\n", "row 0 \\(from 0\\) has no text"),
         ("p.csv", b"text,name\na,x\nb,x\n", "2 rows are named 'x'"),
         ("p.csv", b"text,name\na,../x\n", "'../x' cannot be a file name"),
+        ("p.csv", b"text,name\na," + b"x" * 241 + b"\n", "the name 'x{20}...' has 241 bytes: at most 240"),
         ("p.csv", b"text\n\xff\xfe\n", "UTF-8"),
         ("p.txt", b"\xff\xfe\n", "UTF-8"),
         ("p.json", b"[]", "read from .csv or .txt"),
@@ -93,6 +94,13 @@ def test_bad_files_are_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         PromptFile(path).prompts(None, "")
     assert "\n" not in str(caught.value)
+
+
+def test_columns_are_found_with_blanks_around_them_and_others_are_named(tmp_path, said):
+    (tmp_path / "p.csv").write_text("text, ref ,style\na,x.png,oil\n")
+    (prompt,) = PromptFile(tmp_path / "p.csv").prompts(None, "")
+    assert prompt.references == ("x.png",)
+    assert [line.split(": ", 1)[1] for line in said] == ["of its columns style are not used, text, ref, neg, name are"]
 
 
 def test_missing_file_is_named(tmp_path):

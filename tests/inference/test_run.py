@@ -196,10 +196,57 @@ def noise_png(side):
     return content.getvalue()[: content.tell() // 2]
 
 
-def test_what_is_there_of_another_prompt_is_said(sample, tmp_path, said):
-    for prompt, expected in (("a cat", []), ("a cat", []), ("a dog", ["1 of them, the first prompt_0000.mp4"])):
-        sample(config(tmp_path, prompt=prompt))
-        assert [message.split(", show")[0] for message in said if "another prompt" in message] == expected
+def complaints(said):
+    return [message for message in said if "not what you ask for" in message]
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({}, None),
+        ({"batch_size": 4, "offload": True, "sampling_option": {"seed": 42}}, None),
+        ({"prompt": "a dog"}, 'prompt is "a cat", not "a dog"'),
+        ({"seed": 43}, "seed is 42, not 43"),
+        ({"sampling_option": {"seed": 7}}, "seed is 42, not 7"),
+        ({"neg": "blurry"}, 'negative is "", not "blurry"'),
+        ({"fps_save": 12}, 'text is "a cat. 8 FPS.", not "a cat. 12 FPS."'),
+        ({"sampling_option": {"num_frames": 13}}, "sampling_option.num_frames is 9, not 13"),
+        ({"sampling_option": {"guidance": 5.0}}, "sampling_option.guidance is 3.0, not 5.0"),
+    ],
+)
+def test_what_is_there_and_is_not_what_would_be_drawn_is_said(sample, tmp_path, said, settings, difference):
+    cfg = config(tmp_path, prompt="a cat")
+    sample(cfg)
+    sample(config(tmp_path, **{"prompt": "a cat", **settings, "save_dir": cfg.save_dir}))
+    expected = difference and f"1 of them are not what you ask for (prompt_0000.mp4: {difference}): give another"
+    assert [message.split(" --save-dir")[0] for message in complaints(said)] == ([expected] if expected else [])
+
+
+def test_what_another_program_drew_is_known_by_the_text_beside_it(sample, tmp_path, said):
+    path = tmp_path / "samples/video_48x32/prompt_0000.mp4"
+    path.parent.mkdir(parents=True)
+    write_mp4(path, torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8, 18)
+    path.with_suffix(".txt").write_text("a dog")
+    sample(config(tmp_path, prompt="a dog"))
+    assert not complaints(said)
+    sample(config(tmp_path, prompt="a cat"))
+    assert "(prompt_0000.mp4: another prompt)" in complaints(said)[0]
+
+
+def test_an_empty_file_is_no_sample(sample, tmp_path):
+    path = tmp_path / "samples/video_48x32/prompt_0000.mp4"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert len(sample(config(tmp_path, prompt="a cat"))["video_48x32/prompt_0000.mp4"]) > 100
+
+
+def test_calls_for_parts_of_a_list_leave_files_of_their_own(sample, tmp_path):
+    data = prompt_list(tmp_path, 4)
+    for start, end in ((0, 2), (2, None)):
+        sample(config(tmp_path, dataset=data, start_index=start, end_index=end))
+    left = {path.name for path in (tmp_path / "samples/video_48x32").iterdir() if not path.name.startswith("list")}
+    parts = ("_0000-0001", "_0002-0003")
+    assert left == {f"contact_sheet{part}.png" for part in parts} | {f"phases{part}.json" for part in parts}
 
 
 def test_files_of_a_call(sample, tmp_path):

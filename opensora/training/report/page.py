@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from opensora.inference.output import write_whole
+from opensora.durable import write_whole
 from opensora.training.report import tables
 from opensora.training.report.charts import NUM_COLOURS, Line, line_chart, stacked_bars
 from opensora.training.report.files import RunFiles
@@ -27,7 +27,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     runs = [RunFiles.read(folder) for folder in folders]
     html = render(runs, Embedder(page), datetime.now())
     try:
-        write_whole(page, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+        write_whole(page, html)
     except OSError as error:
         raise ValueError(f"{page} cannot be written ({error.strerror}): give another place, --output FILE") from error
 
