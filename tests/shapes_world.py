@@ -29,7 +29,7 @@ class ShapesWorld:
         return [config, "--dataset.data-path", self.table, *SMALL_MODEL, *FEW_SAMPLES, "--log-every", "1", *more]
 
     def run(
-        self, *command: str, ranks: int = 0, check: bool = True, timeout: float = 400, restarts: int = 0
+        self, *command: str, ranks: int = 0, check: bool = True, timeout: float = 600, restarts: int = 0
     ) -> subprocess.CompletedProcess:
         """Run a script of the repository here as a user would; with `ranks`, under torchrun."""
         process = self.start(*command, ranks=ranks, restarts=restarts)

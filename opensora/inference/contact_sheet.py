@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +33,10 @@ class Entry(NamedTuple):
 
 def write_contact_sheet(path: Path, entries: Sequence[Entry]) -> None:
     """A png of the first `MOST` samples, row by row, about as wide as high."""
-    font = _font()
-    cells = [_cell(entry, font) for entry in entries[:MOST]]
+    shown, font = entries[:MOST], _font()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # to show a video's end, all of it is decoded
+        frames = pool.map(_small_frames, (entry.path for entry in shown))
+        cells = [_cell(entry, small, font) for entry, small in zip(shown, frames, strict=True)]
     width, height = (max(getattr(cell, side) for cell in cells) + MARGIN for side in ("width", "height"))
     columns = max(1, min(len(cells), round(math.sqrt(len(cells) * height / width))))
     rows = math.ceil(len(cells) / columns)
@@ -43,8 +47,11 @@ def write_contact_sheet(path: Path, entries: Sequence[Entry]) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def _cell(entry: Entry, font: ImageFont.FreeTypeFont) -> Image.Image:
-    frames = [_small(frame) for frame in read_frames(entry.path)]
+def _small_frames(path: Path) -> list[Image.Image]:
+    return [_small(frame) for frame in read_frames(path)]
+
+
+def _cell(entry: Entry, frames: Sequence[Image.Image], font: ImageFont.FreeTypeFont) -> Image.Image:
     width = max(sum(frame.width + 2 for frame in frames), FRAME_SIDE)
     lines = [entry.path.stem, *_wrapped(entry.prompt, width, font)]
     line_height = FONT_SIZE + 4

@@ -27,11 +27,11 @@ class Record(Callback):
 
 
 class FullDisk(Callback):
-    """A limit on the size of files stands in for a full disk, once, when the driver leaves a file."""
+    """A limit on the size of files stands in for a full disk of one rank, once, when the driver leaves a file."""
 
     def on_update(self, trainer, metrics) -> None:
-        flag = trainer.run_folder / FULL_DISK
-        if trainer.context.is_main and flag.exists():
+        flag = trainer.run_folder / f"{FULL_DISK}{trainer.context.rank}"
+        if flag.exists():
             flag.unlink()
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
@@ -44,6 +44,7 @@ class RecordedTrainer(Trainer):
 
 def main(argv: list[str]) -> None:
     cfg = load_config(argv, TrainSettings)
+    cfg.async_io = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) % 2 == 1  # saves of both kinds are to be killed
     validate(cfg, world_size())
     require_available(cfg)
     check_paths(cfg)

@@ -89,7 +89,7 @@ def kill_worker(run: Run, ranks: list[int], draw: random.Random) -> None:
 
 
 def fill_disk(run: Run, ranks: list[int], draw: random.Random) -> None:
-    (run.folder / FULL_DISK).touch()
+    (run.folder / f"{FULL_DISK}{draw.randrange(2)}").touch()
 
 
 def corrupt_shard(run: Run, ranks: list[int], draw: random.Random) -> None:
@@ -176,6 +176,7 @@ def test_chaos(shapes, tmp_path):
         "full_disks": done["fill_disk"],
         "corrupted_shards": done["corrupt_shard"],
         "resumed": done["resumed"],
+        "saves_in_background": (disturbed.folder / "log.txt").read_text().count("now being written to"),
         "resumed_from_checkpoints": (disturbed.folder / "log.txt").read_text().count("resumed from"),
         "losses_equal": losses(disturbed) == losses(whole),
         "weights_equal": same_end(disturbed, whole),

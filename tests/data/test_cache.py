@@ -129,7 +129,7 @@ def test_forked_readers_share_a_cache(tmp_path):
     readers = [fork.Process(target=read_all, args=(cache, results)) for _ in range(2)]
     for reader in readers:
         reader.start()
-    assert [results.get(timeout=30) for _ in readers] == [list(range(30))] * 2
+    assert [results.get(timeout=120) for _ in readers] == [list(range(30))] * 2
     for reader in readers:
         reader.join()
 

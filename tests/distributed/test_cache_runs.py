@@ -111,7 +111,7 @@ def test_the_losses_are_those_without_a_cache(one_rank, two_ranks, shapes, argum
             assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_of_a_posterior_samples_are_drawn_while_training(one_rank, shapes, arguments, hunyuan, tmp_path, dtype):
     common = [*hunyuan, "--dtype", dtype]
     assert one_rank(make_cache, shapes.root, arguments(*common, "--output", str(tmp_path / "cache"))) == [None]

@@ -34,7 +34,7 @@ def adapters_of(run):
     return Adapters.read(newest)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_adapters_train_and_resume_exactly(two_ranks, shapes, base, tmp_path, dtype):
     common = ["--model.from-pretrained", str(base), *LORA, "--dtype", dtype, "--num-workers", "0"]
     common += ["--ema-decay", "0.5", "--outputs", str(tmp_path), "--ckpt-every", "2", "--grad-checkpoint", "True"]

@@ -25,7 +25,8 @@ class Layout(NamedTuple):
     data: int
 
 
-LAYOUTS = [Layout(1, 2, 1), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 2, 1), Layout(1, 4, 1), Layout(2, 1, 2)]
+LAYOUTS = [Layout(1, 2, 1), Layout(2, 1, 1), Layout(1, 2, 2), Layout(2, 2, 1)]
+LAYOUTS += [pytest.param(layout, marks=pytest.mark.slow) for layout in (Layout(1, 4, 1), Layout(2, 1, 2))]
 
 
 class Case(NamedTuple):
@@ -242,7 +243,13 @@ def test_equals_one_process_in_bf16(request, layout, mode):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(clip=0.1), Case(clip=0.1, stage=1, accumulation=2), Case(accumulation=2)], ids=str
+    "case",
+    [
+        pytest.param(Case(clip=0.1), marks=pytest.mark.slow),
+        Case(clip=0.1, stage=1, accumulation=2),
+        pytest.param(Case(accumulation=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_clipping_and_accumulation(request, case):
     compare(request, Layout(2, 2, 1), case, 1e-5, 1e-5)

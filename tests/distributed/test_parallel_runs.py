@@ -62,6 +62,7 @@ def test_layouts_go_over_into_each_other(undivided, one_rank, two_ranks, shapes,
     assert_same_weights(tmp_path / "one", undivided)
 
 
+@pytest.mark.slow
 def test_a_zero_run_goes_on_with_heads_and_features_divided(undivided, two_ranks, four_ranks, shapes, tmp_path):
     checkpoint = list_checkpoints(undivided)[0]
     run(two_ranks, shapes, tmp_path, "heads", 4, HEADS, load=checkpoint)
@@ -71,7 +72,9 @@ def test_a_zero_run_goes_on_with_heads_and_features_divided(undivided, two_ranks
     assert_same_weights(tmp_path / "both", undivided)
 
 
-@pytest.mark.parametrize("plugin_config", [SEQUENCE, TENSOR], ids=["sequence", "tensor"])
+@pytest.mark.parametrize(
+    "plugin_config", [pytest.param(SEQUENCE, marks=pytest.mark.slow), TENSOR], ids=["sequence", "tensor"]
+)
 def test_a_divided_run_resumes_exactly(two_ranks, shapes, tmp_path, plugin_config):
     run(two_ranks, shapes, tmp_path, "whole", 4, plugin_config)
     run(two_ranks, shapes, tmp_path, "parts", 2, plugin_config)

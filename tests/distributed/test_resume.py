@@ -14,7 +14,10 @@ EMA = ["--ema-decay", "0.9"]
     ("name", "stop", "end", "settings"),
     [
         ("two data workers, bf16", 3, 6, ["--num-workers", "2", "--dtype", "bf16"]),
-        ("accumulation, fp32", 2, 5, ["--accumulation-steps", "2", "--dtype", "fp32", "--num-workers", "0"]),
+        pytest.param(
+            *("accumulation, fp32", 2, 5, ["--accumulation-steps", "2", "--dtype", "fp32", "--num-workers", "0"]),
+            marks=pytest.mark.slow,
+        ),
         ("zero1, saved in the background", 1, 3, ["--plugin", "zero1", "--num-workers", "0", "--async-io", "True"]),
     ],
 )
@@ -37,7 +40,7 @@ def few_rows(shapes, rows: int) -> str:
     return str(table)
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_across_the_end_of_an_epoch(two_ranks, shapes, tmp_path, stop):
     """24 clips make 3 updates of 2 x 4: `stop` is at an epoch's last update, and at the first of the next one."""
     common = ["--dataset.data-path", few_rows(shapes, 24), *EMA, "--outputs", str(tmp_path), "--num-workers", "1"]

@@ -108,7 +108,8 @@ def attention_kernels(run):
     return sum(event.count for event in keys), result
 
 
-@pytest.mark.parametrize("policy, recomputed", [("attention", 0), pytest.param("blocks", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy, recomputed", [("attention", 0), ("blocks", 2)])
 def test_recomputation_within_the_graph(small_mmdit, small_inputs, policy, recomputed):
     model, plain = small_mmdit(**ONE_KIND), small_mmdit(**ONE_KIND)
     inputs = small_inputs(model, batch=4)

@@ -44,7 +44,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def wait_until(condition, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -127,7 +127,7 @@ def test_a_loader_worker_that_dies_is_one_line_and_the_end_of_all(shapes, tmp_pa
     everyone = children(process.pid)
     rank = next(pid for pid in everyone if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(next(pid for pid in children(rank) if children(pid)), signal.SIGKILL)  # the one that has one that decodes
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     lines = [line for line in out.splitlines() if "a worker process of the data loader died (SIGKILL)" in line]
     assert len(lines) == 1 and "error: rank 1: " in lines[0] and "--num-workers (now 2)" in lines[0]

@@ -52,7 +52,7 @@ with naming_failures(Place(), Path(), False, finish_save):
     try:
         raise MemoryError
     finally:
-        threading.Thread(target=time.sleep, args=(60,)).start()  # closing that waits for ever
+        threading.Thread(target=time.sleep, args=(600,)).start()  # closing that waits for ever
 """
 
 
@@ -60,7 +60,7 @@ with naming_failures(Place(), Path(), False, finish_save):
 def test_a_save_is_finished_before_the_process_ends(failure):
     """It may take longer than the rest, for which there is a limit."""
     command = [sys.executable, "-c", FAILING.format(failure=failure)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert "error: out of memory (MemoryError): here" in result.stdout and "published" in result.stdout
     assert ("no space" in result.stdout) == (failure != "pass")

@@ -233,7 +233,7 @@ def test_a_browser_shows_it(make_run, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
     flags += ["--no-first-run", "--disable-component-update", "--disable-sync", "--window-size=1280,2000"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
-    subprocess.run([CHROMIUM, *flags, (run / "report.html").as_uri()], check=True, capture_output=True, timeout=60)
+    subprocess.run([CHROMIUM, *flags, (run / "report.html").as_uri()], check=True, capture_output=True, timeout=240)
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels[2, 2].tolist() in ([0xFB, 0xFB, 0xFA], [0x14, 0x17, 0x1A])  # light or dark
     line = [0x2F, 0x6F, 0xB7] if pixels[2, 2, 0] > 128 else [0x6B, 0xA6, 0xE6]
