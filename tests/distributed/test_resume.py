@@ -1,11 +1,16 @@
 """A resumed run equals the run that was never stopped: bitwise, with every kind of place to stop at."""
 
+import time
 from pathlib import Path
 
 import pytest
 from runs import assert_same_end, metrics, numbers, train
 
 from opensora.checkpoint_folder import list_checkpoints
+from opensora.checkpoint_manifest import problems
+from opensora.training import checkpoint, trainer
+from opensora.training.callbacks import Callback
+from opensora.training.file_writer import write_files
 
 EMA = ["--ema-decay", "0.9"]
 
@@ -170,3 +175,37 @@ def test_a_run_goes_on_from_an_older_checkpoint_of_its_own(one_rank, shapes, tmp
     assert [path.name for path in list_checkpoints(run)] == ["epoch0-global_step1", "epoch0-global_step2"]
     assert len(list(run.glob("abandoned-*"))) == 2
     assert [line["step"] for line in metrics(run)] == [1, 2]
+
+
+class CannotClose(Callback):
+    def close(self) -> None:
+        raise OSError("No space left on device")
+
+
+def train_with_a_log_that_cannot_close(context, root: Path, arguments: list[str]) -> str:
+    """The error of a run whose last save takes a second, in the background."""
+
+    def write_slowly(*arguments):
+        time.sleep(1)
+        return write_files(*arguments)
+
+    build, choose = trainer.Trainer._build_callbacks, checkpoint.choose_writer
+    trainer.Trainer._build_callbacks = lambda self: [CannotClose(), *build(self)]
+    checkpoint.choose_writer = lambda _: write_slowly
+    try:
+        train(context, root, arguments)
+    except OSError as error:
+        return str(error)
+    finally:
+        trainer.Trainer._build_callbacks, checkpoint.choose_writer = build, choose
+    return ""
+
+
+def test_a_log_that_cannot_be_closed_costs_no_save(one_rank, shapes, tmp_path):
+    arguments = shapes.train_arguments(*("--outputs", str(tmp_path), "--exp-name", "run", "--async-io", "True"))
+    arguments += ["--max-steps", "1", "--num-workers", "0"]
+    assert one_rank(train_with_a_log_that_cannot_close, shapes.root, arguments) == ["No space left on device"]
+    assert [problems(folder) for folder in list_checkpoints(tmp_path / "run")] == [[]]
+    one_rank(
+        train, shapes.root, [*arguments, "--max-steps", "2", "--load", str(tmp_path / "run")]
+    )  # its folder is free
