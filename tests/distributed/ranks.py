@@ -55,7 +55,10 @@ def _serve(rank: int, world_size: int, port: int, pipe) -> None:
 
     torch.set_num_threads(1)
     context = ParallelContext.create(240)
+    known = set(dist.distributed_c10d._world.pg_map)
     while (task := pipe.recv()) is not None:
+        for group in set(dist.distributed_c10d._world.pg_map) - known:
+            dist.destroy_process_group(group)  # of the last task: each has threads that wake up all the time
         function, args = task
         try:
             pipe.send((None, function(context, *args)))
