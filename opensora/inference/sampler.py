@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -149,21 +149,20 @@ class Sampler:
         """
         latent_size = tuple(noise.shape[2:])
         masked = noise.new_zeros(len(noise)) if condition is None else condition[:, 0].flatten(1).any(1)
-        referenced, unguided = masked > 0, text.equal_rows(negative)  # [B], which samples
-        has_reference, same_text = bool(referenced.any()), bool(unguided.all())
+        samples = list(zip((masked > 0).tolist(), text.equal_rows(negative).tolist(), strict=True))
         compute = self._velocities(noise, text, negative, condition)
         velocity = StepCache(compute, self.options.step_cache, self._agree)
         x = pack(noise.float(), self.patch_size)  # [B, L, C * p * p]
         for step, (t, t_next) in enumerate(itertools.pairwise(self.times(latent_size))):
             text_scale, image_scale = self.options.scales(step)
-            branches = needed_branches(text_scale, image_scale, has_reference, same_text)
-            velocities = _same_as_alone({branch: velocity(x, t, branch) for branch in branches}, referenced, unguided)
+            needed = [needed_branches(text_scale, image_scale, *sample) for sample in samples]
+            velocities = _velocities_of(needed, lambda *call, x=x, t=t: velocity(x, t, *call), x.device)
             image_scale = self._scale_of_tokens(image_scale, step, latent_size, rising, x.device)
             x = euler_step(x, combine(velocities, text_scale, image_scale), t, t_next)
             on_step()
         self.reused = velocity.reused
         latents = unpack(x, latent_size, self.patch_size)
-        if has_reference:
+        if condition is not None:
             latents = torch.where(condition[:, :1] > 0, condition[:, 1:].float(), latents)
         return latents
 
@@ -209,15 +208,20 @@ class Sampler:
         return of_tokens if rising is None else torch.where(rising.to(device)[:, None, None], of_tokens, scale)
 
 
-def _same_as_alone(velocities: dict[Branch, Tensor], referenced: Tensor, unguided: Tensor) -> dict[Branch, Tensor]:
-    """Branches that are the same computation for a sample, made equal for it, though others of its batch need both.
+def _velocities_of(
+    needed: Sequence[Sequence[Branch]], velocity: Callable[[Branch, Tensor | None], Tensor], device: torch.device
+) -> dict[Branch, Tensor]:
+    """The velocities [B, L, D] of all branches that samples need, each computed for those samples alone.
 
-    They may differ by what the step cache kept of each, and a sample does not depend on its batch. All [B, ...].
+    For the others it is the branch that they would have in its place (`needed_branches`): so a sample is computed, and
+    its steps are cached, as they would be without the rest of its batch. velocity(branch, rows [N]) -> [N, L, D].
     """
-    velocities = dict(velocities)
-    if NO_TEXT in velocities:
-        velocities[NO_TEXT] = torch.where(unguided[:, None, None], velocities[FULL], velocities[NO_TEXT])
-    if NEITHER in velocities:
-        other = velocities.get(NO_TEXT, velocities[FULL])
-        velocities[NEITHER] = torch.where(referenced[:, None, None], velocities[NEITHER], other)
-    return velocities
+    found: dict[Branch, Tensor] = {}
+    for branch in (FULL, NO_TEXT, NEITHER):
+        rows = [i for i, branches in enumerate(needed) if branch in branches]
+        if len(rows) == len(needed):
+            found[branch] = velocity(branch, None)
+        elif rows:
+            some, stand_in = torch.tensor(rows, device=device), next(reversed(found.values()))
+            found[branch] = stand_in.index_copy(0, some, velocity(branch, some))
+    return found

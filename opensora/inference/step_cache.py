@@ -23,11 +23,20 @@ Velocity = Callable[[Tensor, float, Hashable, Tensor | None], Tensor]
 
 @dataclass
 class _Known:
-    """The last computed call of each sample: its latents x, velocity v [B, L, D], and gain [B] (infinite: unknown)."""
+    """The last computed call of each sample: its latents x, velocity v [B, L, D], and gain [B] (infinite: unknown).
+
+    What has no call yet (not `seen` [B]) has v = 0, of which any change is no number or infinite: it is computed.
+    """
 
     x: Tensor
     v: Tensor
     gain: Tensor
+    seen: Tensor
+
+    @classmethod
+    def nothing(cls, x: Tensor) -> _Known:
+        gain = x.new_full((len(x),), torch.inf)
+        return cls(x, torch.zeros_like(x), gain, torch.zeros_like(gain, dtype=torch.bool))
 
 
 class StepCache:
@@ -55,24 +64,23 @@ class StepCache:
         """The share of velocities that were not computed."""
         return 1 - self.computed / self.asked if self.asked else 0.0
 
-    def __call__(self, x: Tensor, t: float, branch: Hashable) -> Tensor:
-        """The velocity at x [B, L, D]."""
-        self.asked += len(x)
+    def __call__(self, x: Tensor, t: float, branch: Hashable, rows: Tensor | None = None) -> Tensor:
+        """The velocities [N, L, D] at x [B, L, D] of the samples `rows` [N], None: of all."""
+        asked = len(x) if rows is None else len(rows)
+        self.asked += asked
         if self._threshold is None:
-            self.computed += len(x)
-            return self._compute(x, t, branch, None)
-        known = self._known.get(branch)
-        if known is None:
-            self.computed += len(x)
-            velocity = self._compute(x, t, branch, None)
-            self._known[branch] = _Known(x, velocity, x.new_full((len(x),), torch.inf))
-            return velocity
+            self.computed += asked
+            return self._compute(x if rows is None else x[rows], t, branch, rows)
+        known = self._known.setdefault(branch, _Known.nothing(x))
         change = self._agree(known.gain * _size(x - known.x) / _size(known.v))  # [B]
-        rows = torch.nonzero(~(change < self._threshold))[:, 0]
-        self.computed += len(rows)
-        if len(rows):
-            self._update(known, x, t, branch, rows)
-        return known.v
+        stale = ~(change < self._threshold)
+        if rows is not None:
+            stale &= torch.zeros_like(stale).index_fill(0, rows, True)
+        changed = torch.nonzero(stale)[:, 0]
+        self.computed += len(changed)
+        if len(changed):
+            self._update(known, x, t, branch, changed)
+        return known.v if rows is None else known.v[rows]
 
     def _update(self, known: _Known, x: Tensor, t: float, branch: Hashable, rows: Tensor) -> None:
         some = len(rows) < len(x)
@@ -81,7 +89,8 @@ class StepCache:
         gain = _size(new_v - old_v) / _size(new_x - old_x)
         known.x = known.x.index_copy(0, rows, new_x)
         known.v = known.v.index_copy(0, rows, new_v)
-        known.gain = known.gain.index_copy(0, rows, gain)
+        known.gain = known.gain.index_copy(0, rows, torch.where(known.seen[rows], gain, torch.inf))
+        known.seen = known.seen.index_fill(0, rows, True)
 
 
 def _size(x: Tensor) -> Tensor:

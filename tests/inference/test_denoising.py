@@ -157,6 +157,19 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_mmdit):
         assert torch.allclose(alone, together[one], atol=1e-4)
 
 
+def test_a_velocity_is_computed_for_the_samples_that_need_it():
+    rows = []
+    model = CountingModel(lambda x, t: rows.append(len(x)) or torch.zeros_like(x))
+    model.cond_embed = True
+    condition = head_condition(3)
+    condition[1] = 0
+    text, negative = texts(3, 1), texts(3, 2)
+    negative.tokens[2], negative.vector[2] = text.tokens[2], text.vector[2]  # not guided by its text
+    options = SamplerOptions(num_steps=1, guidance=3.0, guidance_img=2.0)
+    Sampler(model, options, torch.float32)(torch.randn(3, *LATENT), text, negative, condition)
+    assert rows == [3, 2, 2]  # all; of the first two without their texts; of the first and the third without anything
+
+
 def test_schedule_depends_on_tokens_of_the_models_patch_and_latent_frames():
     model = CountingModel(lambda x, t: x)
     sampler = Sampler(model, SamplerOptions(num_steps=5), torch.float32)

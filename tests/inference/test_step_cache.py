@@ -69,13 +69,13 @@ def test_latents_that_stand_still_are_computed_not_divided_by():
     assert all(cache(at(1.0), t, "full").isfinite().all() for t in (1.0, 0.9, 0.8))
 
 
-def sample(model, step_cache, batch=slice(None), text_osci=True):
+def sample(model, step_cache, batch=slice(None), text_osci=True, image_osci=True):
     generator = torch.Generator().manual_seed(0)
     noise, tokens, vector = (torch.randn(3, *shape, generator=generator) for shape in (LATENT, (5, 12), (8,)))
     condition = torch.zeros(3, 1 + LATENT[0], *LATENT[1:])
     condition[:2, :, 0] = 1
     options = SamplerOptions(
-        num_steps=24, guidance=2.0, guidance_img=1.5, text_osci=text_osci, image_osci=True, step_cache=step_cache
+        num_steps=24, guidance=2.0, guidance_img=1.5, text_osci=text_osci, image_osci=image_osci, step_cache=step_cache
     )
     sampler = Sampler(model, options, torch.float32)
     text, negative = TextEmbedding(tokens, vector), TextEmbedding(tokens.flip(0) * 0.5, vector.flip(0))
@@ -109,9 +109,12 @@ def test_of_a_model_that_jumps_nothing_is_used_again(tiny_mmdit):
     assert reused == 0 and torch.allclose(latents, sample(tiny_mmdit(), None)[0], atol=1e-4)
 
 
-def test_a_sample_does_not_depend_on_its_batch(smooth_mmdit):
-    """Nor the third, without a reference, on others': they need a velocity, at some steps, that it does not."""
-    together, _ = sample(smooth_mmdit, 0.3, text_osci=False)
+@pytest.mark.parametrize("text_osci", [False, True])
+@pytest.mark.parametrize("image_osci", [False, True])
+def test_a_sample_does_not_depend_on_its_batch(smooth_mmdit, text_osci, image_osci):
+    """Nor the third, without a reference, on others': they need velocities, at some steps, that it does not."""
+    together, shared = sample(smooth_mmdit, 0.1, slice(None), text_osci, image_osci)
     for i in range(3):
-        alone, _ = sample(smooth_mmdit, 0.3, slice(i, i + 1), text_osci=False)
-        assert torch.allclose(alone[0], together[i], atol=1e-5)
+        alone, reused = sample(smooth_mmdit, 0.1, slice(i, i + 1), text_osci, image_osci)
+        assert reused > 0 and torch.allclose(alone[0], together[i], atol=1e-5)
+    assert shared > 0
