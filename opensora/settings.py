@@ -98,6 +98,14 @@ def check_at_least(cfg: Mapping[str, Any], least: Mapping[str, float]) -> None:
             raise ValueError(f"{name}={value} must be at least {smallest}")
 
 
+def check_at_most(cfg: Mapping[str, Any], most: Mapping[str, float]) -> None:
+    """As `check_at_least`, of the other end."""
+    for name, largest in most.items():
+        value = get(cfg, name)
+        if value is not None and value > largest:
+            raise ValueError(f"{name}={value} must be at most {largest}")
+
+
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype='{dtype}' is unknown{nearest(dtype, DTYPES)}; one of {', '.join(DTYPES)}")

@@ -14,6 +14,7 @@ import av
 from PIL import Image, ImageDraw, ImageFont
 
 from opensora.durable import whole_file
+from opensora.inference.metadata import UNREADABLE
 
 FRAMES = 3  # of a video: the first, the middle and the last
 FRAME_SIDE = 160  # pixels of a frame's longer side
@@ -71,7 +72,7 @@ def read_frames(path: Path) -> list[Image.Image]:
     """A png, or the first, middle and last frame of a video; a grey one for a file that can't be read."""
     try:
         frames = _read_image(path) if path.suffix == ".png" else _read_video(path)
-    except (OSError, ValueError):  # PyAV's errors are of both kinds
+    except UNREADABLE:
         frames = []
     return frames or [Image.new("RGB", (FRAME_SIDE, FRAME_SIDE // 2), FAINT)]
 

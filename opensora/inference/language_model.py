@@ -119,7 +119,8 @@ class AnswerFile:
         self._answers: dict[str, str] = {}
         for path in (*sorted(folder.glob(f"{ANSWERS}*.json")), self._path):  # where two differ, its own counts
             with suppress(OSError, ValueError):
-                self._answers |= json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self._answers |= found if isinstance(found, dict) else {}
 
     def all(
         self, endpoint: Endpoint, task: str, instruction: str, texts: Sequence[str], read: Callable[[str], str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ NOT_OF_A_SAMPLE = (
     *("prompt", "ref", "neg", "dataset", "start_index", "end_index", "num_sample", "save_dir", "batch_size"),
     *("host", "port", "offload", "dist_timeout", "plugin", "plugin_config", "plugin_ae", "plugin_config_ae"),
 )
-# Settings that can say the same in other ways: the facts have what comes of them.
-SAID_BY_FACTS = {"sampling_option.seed", "model.from_pretrained", "cond_type", "motion_score"}
+
+# What damaged files of Pillow's and PyAV's raise.
+UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, av.error.FFmpegError)
 
 
 def sample_tags(prompt: str, facts: dict[str, Any], cfg) -> dict[str, str]:
@@ -35,41 +35,9 @@ def read_comment(path: Path) -> dict[str, Any] | None:
         else:
             with av.open(str(path)) as container:
                 comment = json.loads(container.metadata["comment"])
-    except (OSError, ValueError, KeyError, TypeError):  # PyAV's errors are of the first two kinds
+    except (*UNREADABLE, TypeError):
         return None
     return comment if isinstance(comment, dict) else None
-
-
-def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any], unknown: Set[str]) -> str | None:
-    """The first of what two comments both say that they say differently, but for what is `unknown`.
-
-    What one of them leaves out does not count: it may be of an earlier version, with other settings.
-    """
-    here, there = _flat(found), _flat(expected)
-    for name in there:
-        if name in here and name not in unknown | SAID_BY_FACTS and here[name] != there[name]:
-            return f"{name} is {_short(here[name])}, not {_short(there[name])}"
-    return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _flat(comment: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, as they are given on the command line, after the facts."""
-    facts = {name: value for name, value in comment.items() if name != "config"}
-    settings = dict(_dotted(comment.get("config") or {}))
-    return facts | {name: value for name, value in settings.items() if name not in facts}
-
-
-def _dotted(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 def has_tags(path: Path, tags: dict[str, str]) -> bool:
@@ -77,7 +45,7 @@ def has_tags(path: Path, tags: dict[str, str]) -> bool:
     try:
         with Image.open(path) as image:
             return {name: image.info.get(name) for name in tags} == tags
-    except OSError:
+    except UNREADABLE:
         return False
 
 

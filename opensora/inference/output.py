@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +31,16 @@ def output_folder(save_dir: str | Path, num_frames: int, resolution: str) -> Pat
 
 def sample_suffix(num_frames: int) -> str:
     return ".png" if num_frames == 1 else ".mp4"
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """ValueError unless files can be written to the folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{setting}: {folder} cannot be written ({error.strerror}): give another one") from error
 
 
 def save_sample(

@@ -10,12 +10,14 @@ from pathlib import Path
 from opensora.checkpoint_folder import resolve_checkpoint
 from opensora.common import get_logger
 from opensora.diffusion.random import derive_seed
-from opensora.inference.metadata import first_difference, read_comment, sample_tags
-from opensora.inference.output import output_folder, sample_suffix
+from opensora.inference.comparison import first_difference
+from opensora.inference.image_first import image_path
+from opensora.inference.metadata import read_comment, sample_tags
+from opensora.inference.output import check_writable, output_folder, sample_suffix
 from opensora.inference.pipeline import Request
 from opensora.inference.prompts import Prompt, add_fps, add_motion_score, prompts_from_texts
 from opensora.inference.references import check_references, condition_type
-from opensora.inference.refine import DYNAMIC, refine
+from opensora.inference.refine import refine
 from opensora.inference.size import Compression, SampleSize, first_frame_size, sample_size
 from opensora.inference.text_limits import report_long_texts
 from opensora.models.sources import find_weights, open_model
@@ -95,7 +97,10 @@ def plan_samples(cfg, weights: Path | None, lora: Path | None) -> Plan:
     jobs = [job for job in wanted if not job.is_done()]
     if len(jobs) < len(wanted):
         _report_skipped(cfg, plan, [job for job in wanted if job.is_done()])
-    return replace(plan, jobs=_refined(cfg, jobs, plan) if jobs else jobs)
+    if jobs:
+        check_writable(plan.folder, "save_dir")
+        jobs = _refined(cfg, jobs, plan)
+    return replace(plan, jobs=jobs)
 
 
 def read_prompts(cfg) -> list[Prompt]:
@@ -118,6 +123,12 @@ def _check_references(cfg, prompts: Sequence[Prompt], size: SampleSize) -> None:
     cond_type = condition_type(cfg)
     if cond_type == "t2v" and cfg.ref:
         raise ValueError(f"ref='{cfg.ref}' has no use with cond_type='t2v': add --cond_type i2v_head, or leave it out")
+    unused = sum(bool(prompt.references) for prompt in prompts) if cond_type == "t2v" else 0
+    if unused:
+        get_logger().warning(
+            f"{unused} of {len(prompts)} prompts have a reference, which cond_type='t2v' does not use: add --cond_type "
+            "i2v_head to start from it"
+        )
     causal = Compression.of(AUTOENCODERS.get(cfg.ae.type)).causal
     check_references(prompts, cond_type, cfg.model.get("cond_embed", False), causal, size, drawn=cfg.use_t2i2v)
 
@@ -141,19 +152,17 @@ def _report_skipped(cfg, plan: Plan, done: Sequence[Job]) -> None:
 
 def _difference(job: Job, cfg, plan: Plan) -> str | None:
     """In what the sample that is there is another one than the job's, as far as the file tells."""
-    request = to_request(job, cfg, plan.size)
-    told = read_comment(job.path)
-    if told is None:
+    found = read_comment(job.path)
+    if found is None:
         try:
             text = job.path.with_suffix(".txt").read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             return None
         return None if text == job.prompt.text.strip() else "another prompt"
-    expected = json.loads(tags_of(job, request, cfg, plan.model_files)["comment"])
-    unknown = {"text"} if cfg.refine_prompt or cfg.motion_score == DYNAMIC else set()
-    if cfg.use_t2i2v and not job.prompt.references:
-        unknown |= {"condition", "references"}  # of the first frame, which may have gone
-    return first_difference(told, expected, unknown)
+    if plan.first_frame and not job.prompt.references:
+        job = starting_from(job, image_path(job.path))
+    asked = json.loads(tags_of(job, to_request(job, cfg, plan.size), cfg, plan.model_files)["comment"])
+    return first_difference(found, asked, plan.size.is_image)
 
 
 def _refined(cfg, jobs: Sequence[Job], plan: Plan) -> list[Job]:
@@ -187,13 +196,19 @@ def locate_weights(cfg) -> tuple[Path | None, Path | None]:
 def to_request(job: Job, cfg, size: SampleSize) -> Request:
     """A job in the pipeline's terms."""
     prompt = job.prompt
+    condition = condition_type(cfg) if prompt.references and not size.is_image else "t2v"
     return Request(
         text=model_text(prompt.description, size, cfg.fps_save, prompt.motion or cfg.motion_score),
         seed=derive_seed(base_seed(cfg), prompt.index, job.sample),
         negative=prompt.negative,
-        condition=condition_type(cfg) if prompt.references and not size.is_image else "t2v",
-        references=prompt.references,
+        condition=condition,
+        references=() if condition == "t2v" else prompt.references,
     )
+
+
+def starting_from(job: Job, picture: Path) -> Job:
+    """The job with a picture to start from."""
+    return replace(job, prompt=replace(job.prompt, references=(str(picture),)))
 
 
 def to_image_request(job: Job, cfg) -> Request:

@@ -13,6 +13,7 @@ from opensora.common import get_logger
 from opensora.registry import DATASETS
 
 COLUMNS = ("text", "ref", "neg", "name")
+CONTACT_SHEET = "contact_sheet"  # of all samples, beside them
 LONGEST_NAME = 240  # bytes: file systems take 255, with the sample's number and ending
 
 
@@ -55,6 +56,7 @@ def prompts_from_texts(texts: str | Sequence[str], refs: str | Sequence[str] | N
     for i, text in enumerate(texts):
         if not text.strip():
             raise ValueError(f"prompt {i} (from 0) of {len(texts)} is empty: say what to show")
+        check_text(f"prompt {i} (from 0) of {len(texts)}", text)
     refs = [refs] * len(texts) if refs is None or isinstance(refs, str) else list(refs)
     if len(refs) != len(texts):
         raise ValueError(f"ref has {len(refs)} entries for {len(texts)} prompts: give one for all, or one each")
@@ -103,6 +105,16 @@ class PromptFile:
             prompts.append(Prompt(i, row["text"], row.get("neg") or negative, tuple(references), name))
         _check_names(self.path, prompts)
         return prompts
+
+
+def check_text(what: str, text: str) -> None:
+    """ValueError for a text that is none: a command line in another encoding leaves marks in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is not text in UTF-8 ({text!a}, at {error.start}): check the terminal's encoding"
+        ) from None
 
 
 def split_references(ref: str | None) -> tuple[str, ...]:
@@ -164,8 +176,10 @@ def _check_names(path: Path, prompts: Sequence[Prompt]) -> None:
     for name, count in Counter(prompt.name for prompt in prompts).items():
         if count > 1:
             raise ValueError(f"dataset.data_path={path}: {count} rows are named '{name}': names are file names")
-        if Path(name).name != name or name.startswith("."):
+        if Path(name).name != name or name.startswith(".") or "\0" in name:
             raise ValueError(f"dataset.data_path={path}: the name '{name}' cannot be a file name")
+        if name.startswith(CONTACT_SHEET):
+            raise ValueError(f"dataset.data_path={path}: '{name}' is kept for the contact sheet: name it otherwise")
         if len(os.fsencode(name)) > LONGEST_NAME:
             raise ValueError(
                 f"dataset.data_path={path}: the name '{name[:20]}...' has {len(os.fsencode(name))} bytes: at most "

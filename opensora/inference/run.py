@@ -19,7 +19,8 @@ from opensora.inference.metadata import has_tags
 from opensora.inference.output import save_sample, write_png
 from opensora.inference.phases import PhaseMeter, save_report
 from opensora.inference.pipeline import Pipeline, Request, TextEncoder
-from opensora.inference.plan import Job, Plan, make_plan, tags_of, to_image_request, to_request
+from opensora.inference.plan import Job, Plan, make_plan, starting_from, tags_of, to_image_request, to_request
+from opensora.inference.prompts import CONTACT_SHEET
 from opensora.inference.text_phase import embed_texts, release_memory
 from opensora.models.sources import download
 from opensora.settings import get, parallel_sizes
@@ -104,7 +105,7 @@ def _with_first_frames(
         get_logger().info(f"{len(missing)} first frames go to {missing[0][0].path.parent}")
         _draw_first_frames(cfg, plan, missing, texts, context, meter)
         release_memory()
-    return [_starting_from(job, image_path(job.path)) if not job.prompt.references else job for job in jobs]
+    return [starting_from(job, image_path(job.path)) if not job.prompt.references else job for job in jobs]
 
 
 def _draw_first_frames(
@@ -122,10 +123,6 @@ def _draw_first_frames(
         write_png(job.path, frames[0], tags_of(job, request, cfg, {}))
 
     _draw(pipeline, missing, save, cfg, context, meter)
-
-
-def _starting_from(job: Job, path: Path) -> Job:
-    return replace(job, prompt=replace(job.prompt, references=(str(path),)))
 
 
 def _draw(
@@ -155,7 +152,7 @@ def _writes(context) -> bool:
 
 
 def _contact_sheet(plan: Plan) -> Path:
-    return plan.folder / f"contact_sheet{plan.part}.png"
+    return plan.folder / f"{CONTACT_SHEET}{plan.part}.png"
 
 
 def _write_sheet(plan: Plan) -> None:

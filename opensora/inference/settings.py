@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
-import opensora.inference.prompts
 import opensora.models  # noqa: F401  registers the components
 from opensora.common import to_torch_dtype
 from opensora.diffusion.conditions import check_condition, condition_spans
+from opensora.inference.prompts import check_text
 from opensora.inference.references import condition_type
 from opensora.inference.refine import DYNAMIC, endpoint_of
 from opensora.inference.sampler import SamplerOptions
@@ -26,6 +26,7 @@ from opensora.settings import (
     ModelBuilding,
     PluginSettings,
     check_at_least,
+    check_at_most,
     check_dtype,
     check_frames,
     check_latents,
@@ -99,7 +100,7 @@ class InferenceSettings:
     batch_size: int = setting(1, "samples that are drawn together")
     sampling_option: SamplingOption = setting(doc="size and schedule")
     ae_spatial_compression: int = setting(
-        16, "frame sizes are multiples of it: the autoencoder's 8 times the patch's 2"
+        ABSENT, legacy="the autoencoder and the model's patches say what sizes are multiples of"
     )
     motion_score: str | int | float | None = setting(
         None, "appended to the prompt: how much moves, 1 to 7; dynamic: a language model rates each prompt"
@@ -166,6 +167,9 @@ LEAST = {
 }
 
 
+MOST = {"crf": 51, "sampling_option.seed": 2**63 - 1, "seed": 2**63 - 1}
+
+
 def validate(cfg: Mapping[str, Any], world_size: int) -> None:
     """The rules among settings; touches no file and no device.
 
@@ -177,6 +181,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
         ValueError: the first rule that is broken: the setting, its value, what it must be.
     """
     check_at_least(cfg, LEAST)
+    check_at_most(cfg, MOST)
     check_dtype(cfg["dtype"])
     check_model(cfg["model"])
     check_latents(cfg["model"], cfg["ae"])
@@ -223,15 +228,18 @@ def _check_prompts(cfg: Mapping[str, Any]) -> None:
         )
     if cfg["cond_type"] != "t2v" and cfg["prompt"] is not None and cfg["ref"] is None and not cfg["use_t2i2v"]:
         raise ValueError(f"cond_type='{cfg['cond_type']}' needs a reference: set --ref FILE, or --cond_type t2v")
+    check_text("neg", cfg["neg"])
     _check_motion_score(cfg["motion_score"])
 
 
 def _check_motion_score(score: Any) -> None:
-    if isinstance(score, str) and score != DYNAMIC:
+    if score is not None and score != DYNAMIC:
         try:
-            float(score)
+            within = 1 <= float(score) <= 7
         except ValueError:
-            raise ValueError(f"motion_score='{score}' must be a number, 1 to 7, or '{DYNAMIC}'") from None
+            within = False
+        if not within:
+            raise ValueError(f"motion_score='{score}' must be a number, 1 to 7, or '{DYNAMIC}'")
 
 
 def _check_image_model(cfg: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opensora.common import to_torch_dtype
-from opensora.inference.output import save_sample
+from opensora.inference.output import check_writable, save_sample
 from opensora.inference.pipeline import Pipeline
 from opensora.inference.plan import locate_weights, plan_samples, tags_of, to_request
 from opensora.inference.sampler import SamplerOptions
@@ -51,6 +51,7 @@ class Studio:
 
     def __init__(self, cfg, device: torch.device):
         self._cfg, self._device = cfg, device
+        check_writable(Path(cfg.save_dir), "save_dir")
         self._located = locate_weights(cfg)
         self._pipeline = Pipeline.from_config(cfg, sample_size(cfg), *self._located, device)
         self._lock = threading.Lock()
@@ -112,5 +113,6 @@ class Studio:
         try:
             yield folder
         finally:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+            for made in (*folder.iterdir(), folder):
+                with suppress(OSError):  # it holds something
+                    made.rmdir()

@@ -1,9 +1,12 @@
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from opensora.inference.contact_sheet import FRAME_SIDE, INK, MARGIN, PAPER, Entry, read_frames, write_contact_sheet
+from opensora.inference.metadata import has_tags, read_comment
 from opensora.inference.output import save_sample
 
 COLOURS = [(200, 30, 30), (30, 160, 30), (30, 30, 200), (180, 180, 30), (150, 30, 150)]
@@ -61,3 +64,17 @@ def test_a_broken_file_does_not_break_the_sheet(tmp_path):
     for name in ("a.mp4", "a.png"):
         (tmp_path / name).write_bytes(b"mine")
     assert sheet(tmp_path, [Entry(tmp_path / "a.mp4", "a"), Entry(tmp_path / "a.png", "b")]).size
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.mp4"])
+def test_damaged_files_are_grey_or_what_can_be_read_of_them(tmp_path, name):
+    path, draw = tmp_path / name, random.Random(0)
+    save_sample(path, torch.zeros(1 if name == "a.png" else 5, 32, 48, 3, dtype=torch.uint8), 8, 10, "p")
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(8):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        assert read_frames(path)
+        has_tags(path, {"title": "p"}), read_comment(path)

@@ -50,6 +50,11 @@ def test_csv_columns(tmp_path):
     assert (second.name, second.index) == ("my list_0001", 1)
 
 
+def test_a_prompt_of_another_encoding_is_named():
+    with pytest.raises(ValueError, match=r"prompt 1 \(from 0\) of 2 is not text in UTF-8"):
+        prompts_from_texts(["a", b"caf\xe9".decode("utf-8", "surrogateescape")], None, "")
+
+
 def test_an_empty_prompt_is_named():
     with pytest.raises(ValueError, match=r"prompt 1 \(from 0\) of 3 is empty"):
         prompts_from_texts(["a", " \n", "b"], None, "")
@@ -83,6 +88,7 @@ def test_samples_of_a_prompt_are_numbered_if_several(tmp_path):
         ("p.csv", b"text,name\na,x\nb,x\n", "2 rows are named 'x'"),
         ("p.csv", b"text,name\na,../x\n", "'../x' cannot be a file name"),
         ("p.csv", b"text,name\na," + b"x" * 241 + b"\n", "the name 'x{20}...' has 241 bytes: at most 240"),
+        ("p.csv", b"text,name\na,contact_sheet\n", "'contact_sheet' is kept for the contact sheet"),
         ("p.csv", b"text\n\xff\xfe\n", "UTF-8"),
         ("p.txt", b"\xff\xfe\n", "UTF-8"),
         ("p.json", b"[]", "read from .csv or .txt"),

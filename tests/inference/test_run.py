@@ -12,6 +12,7 @@ from PIL import Image
 
 from opensora.inference import plan as planning
 from opensora.inference import run
+from opensora.inference.comparison import first_difference
 from opensora.inference.output import write_mp4
 from opensora.inference.pipeline import Pipeline
 from opensora.inference.prompts import Prompt
@@ -209,7 +210,10 @@ def complaints(said):
         ({"seed": 43}, "seed is 42, not 43"),
         ({"sampling_option": {"seed": 7}}, "seed is 42, not 7"),
         ({"neg": "blurry"}, 'negative is "", not "blurry"'),
-        ({"fps_save": 12}, 'text is "a cat. 8 FPS.", not "a cat. 12 FPS."'),
+        ({"fps_save": 12}, "fps_save is 8, not 12"),
+        ({"motion_score": 4}, 'motion_score is "None", not "4"'),
+        ({"sampling_option": {"guidance_img": 3.0, "image_osci": True}}, None),  # nothing is given here
+        ({"model": {"type": "flux", "cond_embed": True, "compile": True}, "refine_model": "another"}, None),
         ({"sampling_option": {"num_frames": 13}}, "sampling_option.num_frames is 9, not 13"),
         ({"sampling_option": {"guidance": 5.0}}, "sampling_option.guidance is 3.0, not 5.0"),
     ],
@@ -220,6 +224,60 @@ def test_what_is_there_and_is_not_what_would_be_drawn_is_said(sample, tmp_path, 
     sample(config(tmp_path, **{"prompt": "a cat", **settings, "save_dir": cfg.save_dir}))
     expected = difference and f"1 of them are not what you ask for (prompt_0000.mp4: {difference}): give another"
     assert [message.split(" --save-dir")[0] for message in complaints(said)] == ([expected] if expected else [])
+
+
+def told(cfg, tmp_path, comment=None):
+    """What is said of a sample whose file has the comment of `cfg`."""
+    plan = planning.plan_samples(cfg, *(tmp_path / name for name in ("weights", "lora")))
+    (job,) = plan.wanted
+    if comment is None:
+        request = planning.to_request(job, cfg, plan.size)
+        return json.loads(planning.tags_of(job, request, cfg, plan.model_files)["comment"])
+    return first_difference(comment, told(cfg, tmp_path), plan.size.is_image)
+
+
+def test_long_texts_are_shown_where_they_differ(tmp_path):
+    common = "a wide shot of a harbour " * 10
+    first, second = (config(tmp_path, prompt=f"{common}{end} and more" + " and more" * 20) for end in ("red", "blue"))
+    difference = told(second, tmp_path, told(first, tmp_path))
+    assert (
+        difference.startswith("prompt is ...") and "harbour red and" in difference and "harbour blue and" in difference
+    )
+    assert len(difference) < 160
+
+
+def test_the_same_file_under_another_name_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32)).save("a.png")
+    here = config(tmp_path, prompt="a", cond_type="i2v_head", ref="a.png", t5={"from_pretrained": "./t5"})
+    there = config(
+        tmp_path, prompt="a", cond_type="i2v_head", ref=str(tmp_path / "a.png"), t5={"from_pretrained": "t5"}
+    )
+    assert told(there, tmp_path, told(here, tmp_path)) is None
+    assert "condition" in told(config(tmp_path, prompt="a"), tmp_path, told(here, tmp_path))
+    there.t5.from_pretrained = "other"
+    assert told(there, tmp_path, told(here, tmp_path)).startswith("t5.from_pretrained is")
+
+
+def test_of_refined_prompts_everything_but_the_text_is_compared(tmp_path):
+    refined = told(config(tmp_path, prompt="a"), tmp_path)
+    refined["config"]["refine_prompt"], refined["text"] = True, "a long text"
+    cfg = config(tmp_path, prompt="a")
+    assert told(cfg, tmp_path, refined) == "refine_prompt is true, not false"
+
+
+def test_references_that_have_no_use_are_said_and_not_claimed(tmp_path, said):
+    (tmp_path / "p.csv").write_text("text,ref\na,a.png\nb,\n")
+    cfg = config(tmp_path, dataset={"type": "text", "data_path": str(tmp_path / "p.csv")})
+    plan = planning.make_plan(cfg)
+    assert "1 of 2 prompts have a reference, which cond_type='t2v' does not use" in said[-1]
+    assert planning.to_request(plan.jobs[0], cfg, plan.size).references == ()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"save_dir: .*file/video_48x32 cannot be written \(Not a directory\)"):
+        planning.make_plan(config(tmp_path, prompt="a", save_dir=str(tmp_path / "file")))
 
 
 def test_what_another_program_drew_is_known_by_the_text_beside_it(sample, tmp_path, said):

@@ -106,7 +106,6 @@ def test_images_references_and_wishes_that_do_not_fit(studio, tmp_path):
 
 def test_what_the_page_may_ask_for(shapes, config, tmp_path, monkeypatch):
     def refine(cfg, prompts, is_image, folder, part):  # as the language model's, which keeps its answers there
-        folder.mkdir(parents=True)
         (folder / "refined_prompts.json").touch()
         return [replace(prompt, motion="6") for prompt in prompts]
 
