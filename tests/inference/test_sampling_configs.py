@@ -140,7 +140,7 @@ class Rank:
         return work()
 
 
-def test_an_image_then_the_video_from_it(load, context, tmp_path):
+def test_an_image_then_the_video_from_it(load, context, tmp_path, said):
     cfg = load("t2i2v_256px", "--num_sample", "2", "--offload", "True", "--crf", "0")
     sample_all(cfg, context)
     folder = tmp_path / "samples/video_256px"
@@ -166,6 +166,17 @@ def test_an_image_then_the_video_from_it(load, context, tmp_path):
     sample_all(cfg, context)
     assert np.array_equal(np.asarray(Image.open(images[1])).astype(int), pictures[1])
     assert np.array_equal(frames_of(videos[1]), kept)
+
+    arguments = ["t2i2v_256px", "--num_sample", "2", "--crf", "0"]
+    for changes, difference in (
+        ([], None),
+        (["--cond_type", "i2v_tail"], '(prompt_0000_0.mp4: condition is "i2v_head", not "i2v_tail")'),
+        (["--ref", str(images[1])], "(prompt_0000_0.mp4: references is"),
+    ):
+        said.clear()
+        make_plan(load(*arguments, *changes))
+        complaints = [line for line in said if "not what you ask for" in line]
+        assert len(complaints) == (difference is not None) and (not complaints or difference in complaints[0])
 
 
 def test_the_image_is_the_image_models_own(load, context, tmp_path):
