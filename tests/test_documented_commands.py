@@ -58,6 +58,7 @@ def test_tensorboard_has_the_losses_by_update(experiment):
     assert logged == [(line["step"], pytest.approx(line["loss"])) for line in lines]
 
 
+@pytest.mark.slow
 def test_lr_and_wandb(shapes):
     options = ["--lr", "1e-5", "--wandb", "True", "--max-steps", "1", "--exp-name", "rated", "--warmup-steps", "None"]
     shapes.run(*TRAIN, *SMALL, *options, "--log-every", "1", ranks=1)

@@ -26,6 +26,7 @@ from opensora.settings import (
     ModelBuilding,
     PluginSettings,
     check_at_least,
+    check_at_most,
     check_dtype,
     check_frames,
     check_latents,
@@ -258,6 +259,7 @@ def validate(cfg: Mapping[str, Any], world_size: int) -> None:
         ValueError: the first rule that is broken: the setting, its value, what it must be.
     """
     check_at_least(cfg, LEAST)
+    check_at_most(cfg, {"seed": 2**63 - 1})  # what random generators take
     check_dtype(cfg["dtype"])
     check_model(cfg["model"])
     check_latents(cfg["model"], cfg["ae"])

@@ -36,7 +36,10 @@ def evaluations(run):
     [
         ["--dtype", "bf16", "--plugin_config", "{'overlap_allgather': True}"],
         pytest.param(["--dtype", "fp32", "--plugin", "zero1", "--accumulation-steps", "2"], marks=pytest.mark.slow),
-        ["--dtype", "bf16", "--plugin", "hybrid", "--plugin_config", "{'tp_size': 2, 'zero_stage': 1}"],
+        pytest.param(
+            ["--dtype", "bf16", "--plugin", "hybrid", "--plugin_config", "{'tp_size': 2, 'zero_stage': 1}"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bf16 zero2", "fp32 zero1", "bf16 tensor parallel"],
 )

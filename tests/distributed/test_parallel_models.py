@@ -237,7 +237,11 @@ def test_fused_layers_are_divided_by_segment(request, layout):
 
 
 @pytest.mark.parametrize("mode", ["all_to_all", "ring_attn"])
-@pytest.mark.parametrize("layout", [Layout(1, 2, 1), Layout(2, 1, 1), Layout(2, 2, 1)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 2, 1), Layout(2, 1, 1), pytest.param(Layout(2, 2, 1), marks=pytest.mark.slow)],
+    ids=name_of,
+)
 def test_equals_one_process_in_bf16(request, layout, mode):
     compare(request, layout, Case(mode, dtype=torch.bfloat16), 3e-2, 5e-2)
 

@@ -298,6 +298,7 @@ def test_the_text_encoder_of_a_whole_clip_with_its_original_tokenizer(clip_folde
 # ------------------------------------------------------------------------------------------------- hub and mistakes
 
 
+@pytest.mark.slow
 def test_the_hubs_name_reads_the_hubs_cache(t5_folder, tmp_path):
     """The documented id, as it works offline after the first download."""
     repository, commit = tmp_path / "home/hub/models--google--t5-v1_1-xxl", "0" * 40

@@ -97,6 +97,7 @@ RULES = [
     ("--prefetch-factor 0", "prefetch_factor=0 must be at least 1"),
     ("--warmup-steps -1", "warmup_steps=-1 must be at least 0"),
     ("--seed -1", "seed=-1 must be at least 0"),
+    ("--seed 9223372036854775808", "seed=9223372036854775808 must be at most 9223372036854775807"),
     ("--dist-timeout 0", "dist_timeout=0 must be above 0 and at most 10000000 seconds"),
     ("--dist-timeout 1e15", "dist_timeout=1e+15 must be above 0 and at most 10000000 seconds"),
     (
