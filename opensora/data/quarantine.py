@@ -41,7 +41,8 @@ class Quarantine:
 
     def __init__(self, function: Callable[..., Tensor], longest: float):
         self.function, self.longest, self.pid = function, longest, 0
-        self._patience, self._longest_of = math.inf, {}  # seconds
+        self._patience = math.inf  # seconds
+        self._share_of: dict[str, float] = {}  # of the longest time, for files that took too long
         self._left_behind: list[int] = []
 
     def begin_batch(self) -> None:
@@ -51,7 +52,7 @@ class Quarantine:
 
     def __call__(self, path: str, *arguments: Any) -> Tensor:
         """Whatever the function returns or raises."""
-        own, end = self._longest_of.get(path, self.longest), ""
+        own, end = self.longest * self._share_of.get(path, 1), ""
         limit = min(own, self._patience)
         for _ in range(2):
             if not self.pid:
@@ -61,7 +62,7 @@ class Quarantine:
                 if not self.pipe.poll(limit):
                     self._patience -= limit / 2
                     if limit == own:  # and not for the others' sake
-                        self._longest_of[path] = max(own / 2, self.longest * _LEAST_SHARE)
+                        self._share_of[path] = max(self._share_of.get(path, 1) / 2, _LEAST_SHARE)
                     raise MediaError(path, f"too slow: reading it takes longer than {limit:.3g} s")
                 answer = self.pipe.recv()
                 clip = None if isinstance(answer, Exception) else self._take(*answer)
@@ -71,7 +72,7 @@ class Quarantine:
             except BaseException:
                 self.close()  # or the answer would be taken for that of the next call
                 raise
-            self._longest_of.pop(path, None)
+            self._share_of.pop(path, None)
             if clip is None:
                 raise answer
             return clip

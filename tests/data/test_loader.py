@@ -276,7 +276,7 @@ def test_a_worker_survives_a_stop_of_the_whole_job_but_not_its_end(mixed):
     os.kill(worker.pid, signal.SIGTERM)
     assert all(next(batches) for _ in range(3)) and worker.is_alive()
     worker.terminate()
-    worker.join(10)
+    worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import faulthandler
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -188,16 +189,18 @@ def test_a_call_that_is_broken_off_leaves_no_answer_behind(guard, video):
 def test_a_read_that_never_ends_is_given_up(guard, video, tmp_path):
     """A named pipe that nobody writes to, and a process that is stopped."""
     os.mkfifo(tmp_path / "pipe.mp4")
-    read = guard(read_clip, longest=3)
-    for seconds in ("3", "1.5"):  # what it took before is remembered
-        begin = time.monotonic()
+    read = guard(read_clip)
+    for seconds in ("2", "1"):  # what it took before is remembered
+        read.longest = 2
         with pytest.raises(MediaError, match=rf"pipe.mp4: too slow: reading it takes longer than {seconds} s$"):
             read(str(tmp_path / "pipe.mp4"), [0], 16, 16)
-        assert time.monotonic() - begin < 6
+        read.longest = 60
         assert read(video, [0], 16, 16).shape == (3, 1, 16, 16)
     os.kill(read.pid, signal.SIGSTOP)
+    read.longest = 1
     with pytest.raises(MediaError, match="too slow"):
         read(video, [0], 16, 16)
+    read.longest = 60
     assert read(video, [0], 16, 16).shape == (3, 1, 16, 16)
 
 
@@ -206,10 +209,10 @@ def test_a_run_goes_on_past_a_file_that_cannot_be_read_to_an_end(deadly_table, t
     os.mkfifo(tmp_path / "3.mp4")
     place = {"epoch": 0, "update": 0, "micro_step": 0}
     requests = [[SampleRequest(i, 5, 32, 48, substitutes=(7,), seed=i, **place)] for i in range(2, 5)]
-    dataset = loader.VideoTextDataset(deadly_table, read_timeout=3)
+    dataset = loader.VideoTextDataset(deadly_table, read_timeout=10)
     batches = list(loader.build_loader(dataset, requests, num_workers=1))
     assert [batch.index for batch in batches] == [[2], [7], [4]]
-    assert [line["reason"] for line in batches[1].rejected] == ["too slow: reading it takes longer than 3 s"]
+    assert [line["reason"] for line in batches[1].rejected] == ["too slow: reading it takes longer than 10 s"]
     with pytest.raises(ValueError, match="read_timeout=0 must be"):
         loader.VideoTextDataset(deadly_table, read_timeout=0)
 
@@ -218,25 +221,26 @@ def test_slow_files_cost_a_batch_twice_the_time_of_one(guard, tmp_path):
     """Of however many that never answer. One that answers again is read again."""
 
     def read(path):
-        if path.startswith("slow") and not (tmp_path / "well").exists():
-            time.sleep(60)
+        if not (tmp_path / "well").exists():
+            time.sleep(300)
         return torch.ones(1)
 
     quarantine = guard(read, longest=1.2)
     quarantine.begin_batch()
-    begin, failed = time.monotonic(), []
-    for path in ("slow 0", "slow 1", "good", *(f"slow {i}" for i in range(2, 12))):
-        try:
-            quarantine(path)
-        except MediaError as error:
-            failed.append(error.path)
-    assert failed == [f"slow {i}" for i in range(12)] and 2 < time.monotonic() - begin < 2 * 1.2 + 2
+    taken = []
+    for i in range(12):
+        with pytest.raises(MediaError, match=f"slow {i}: too slow: ") as raised:
+            quarantine(f"slow {i}")
+        taken.append(float(re.search("longer than (.*) s", str(raised.value))[1]))
+    assert taken[:3] == [1.2, 0.6, 0.3] and 2.39 < sum(taken) <= 2.4
     quarantine.begin_batch()
     with pytest.raises(MediaError, match=r"longer than 0.6 s"):
         quarantine("slow 0")
     with pytest.raises(MediaError, match=r"longer than 0.9 s"):  # it was given little time for the others' sake
         quarantine("slow 9")
     (tmp_path / "well").touch()
+    quarantine.longest = 240
+    quarantine.begin_batch()
     assert quarantine("slow 0").item() == 1
 
 
@@ -253,5 +257,5 @@ def test_processes_that_do_not_end_are_not_left_behind_without_number(guard, mon
     for pid in quarantine._left_behind:
         kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    quarantine.longest = 10
+    quarantine.longest = 60
     assert quarantine("good").item() == 1

@@ -106,7 +106,7 @@ def end(hosts: list[Host]) -> None:
         for pid in host.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        host.anchor.wait(10)
+        host.anchor.wait(60)
 
 
 def _anchor(command: list[str]) -> subprocess.Popen:

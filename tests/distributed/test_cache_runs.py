@@ -313,7 +313,7 @@ def make_cache_with_a_slow_rank(context, root: Path, arguments: list[str], patie
 def test_ranks_take_work_as_they_are_done_and_wait_for_the_slow(two_ranks, shapes, arguments, linear_cache, tmp_path):
     """Longer than collectives wait; and what is encoded is the same, whoever does it."""
     output = ["--output", str(tmp_path / "cache")]
-    fast, slow = two_ranks(make_cache_with_a_slow_rank, shapes.root, arguments(*output), 5.0)
+    fast, slow = two_ranks(make_cache_with_a_slow_rank, shapes.root, arguments(*output), 15.0)
     assert fast[1] > slow[1] > 0
     assert fast[1] + slow[1] == len(Cache(tmp_path / "cache/video", "cached_video").index)
     for kind in ("video", "text"):

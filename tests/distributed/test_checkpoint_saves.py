@@ -54,7 +54,7 @@ def save_both_ways(context, folder: Path) -> None:
     release, original = threading.Event(), checkpoint_module.choose_writer
     foreground = Checkpointer(context, engine, ema)
     foreground.save(folder / "foreground", state(1), {"config.txt": "{}"}, {})
-    checkpoint_module.choose_writer = lambda _: lambda *args: release.wait(60) and write_files(*args)
+    checkpoint_module.choose_writer = lambda _: lambda *args: release.wait(240) and write_files(*args)
     try:
         background = Checkpointer(context, engine, ema, in_background=True)
         background.save(folder / "background", state(1), {"config.txt": "{}"}, {})

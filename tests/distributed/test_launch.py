@@ -43,7 +43,7 @@ def home(hosts, tmp_path_factory) -> Path:
     assert server.stdout.readline() == b"listening\n"
     yield home
     server.stdin.close()
-    server.wait(10)
+    server.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_rank_that_is_killed_ends_both_hosts(hosts, shapes, tmp_path):
     outs = [output(process, 120) for process in started]
     assert all(process.returncode != 0 for process in started)
     assert "Signal 9 (SIGKILL)" in outs[1]
-    wait_until(lambda: not ranks_with(str(tmp_path)), seconds=30)
+    wait_until(lambda: not ranks_with(str(tmp_path)), seconds=240)
 
 
 def check_hosts(host: Host, home: Path, folder: Path, *names: str) -> tuple[int, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -143,11 +141,9 @@ def test_no_items(two_ranks):
 
 
 def outcome(work, items) -> str:
-    start = time.monotonic()
     try:
         share_work(dist.group.WORLD, work, items)
     except Exception as error:
-        assert time.monotonic() - start < 20
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
 

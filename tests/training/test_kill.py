@@ -78,7 +78,7 @@ def test_kill_9_and_resume(shapes, undisturbed, tmp_path, moment):
     ranks = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    wait_until(lambda: not any(map(alive, ranks)), seconds=30)
+    wait_until(lambda: not any(map(alive, ranks)), seconds=240)
     found = list_checkpoints(run)
     assert found
     shapes.run("scripts/diffusion/train.py", *arguments(shapes, tmp_path, "run", "--load", str(run)), ranks=2)
@@ -95,9 +95,9 @@ def test_one_rank_that_dies_ends_all(shapes, tmp_path):
     everyone = children(process.pid)
     victim = next(pid for pid in everyone if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(victim, signal.SIGKILL)
-    assert process.wait(60) != 0
+    assert process.wait(240) != 0
     process.communicate()
-    wait_until(lambda: not any(map(alive, everyone)), seconds=30)
+    wait_until(lambda: not any(map(alive, everyone)), seconds=240)
 
 
 @pytest.mark.slow
@@ -131,4 +131,4 @@ def test_a_loader_worker_that_dies_is_one_line_and_the_end_of_all(shapes, tmp_pa
     assert process.returncode != 0
     lines = [line for line in out.splitlines() if "a worker process of the data loader died (SIGKILL)" in line]
     assert len(lines) == 1 and "error: rank 1: " in lines[0] and "--num-workers (now 2)" in lines[0]
-    wait_until(lambda: not any(map(alive, everyone)), seconds=30)
+    wait_until(lambda: not any(map(alive, everyone)), seconds=240)
