@@ -400,8 +400,11 @@ def _check_evaluation(cfg: Mapping[str, Any]) -> None:
     if not cfg["eval_prompts"] and not cfg["eval_samples"]:
         raise ValueError("eval_every: there is nothing to evaluate: set --eval-prompts FILE, or --eval-samples 16")
     if cfg["eval_prompts"]:
-        SamplerOptions.from_config(cfg["eval_option"])
-        check_frames(eval_size(cfg).num_frames, cfg["ae"], "eval_option.num_frames")
+        try:
+            SamplerOptions.from_config(cfg["eval_option"])
+            check_frames(eval_size(cfg).num_frames, cfg["ae"], "eval_option.num_frames")
+        except ValueError as error:  # which calls the setting what it is called when sampling
+            raise ValueError(str(error).replace("sampling_option", "eval_option")) from None
     if cfg["eval_samples"] and not cfg["eval_times"]:
         raise ValueError("eval_times=[] gives the loss no time: set e.g. --eval-times [0.3,0.7], or --eval-samples 0")
     for time in cfg["eval_times"]:

@@ -298,9 +298,9 @@ def test_text_encoders_are_as_wide_as_the_model_takes_them(load):
         ("--eval-every 5 --eval-times [0.5,0]", "eval_times=[0.5, 0.0]: 0.0 must be above 0"),
         ("--eval-every 5 --eval-times []", "eval_times=[] gives the loss no time"),
         ("--eval-every 5 --eval-data-path x.txt", "eval_data_path='x.txt' is no table"),
-        ("--eval-every 5 --eval-prompts a --eval-option.num-frames 7", "num_frames"),
+        ("--eval-every 5 --eval-prompts a --eval-option.num-frames 7", "eval_option.num_frames=7 does not fit"),
         ("--eval-every 5 --eval-prompts a --eval-option.aspect-ratio 7:5", "7:5"),
-        ("--eval-every 5 --eval-prompts a --eval-option.method x", "method='x' is unknown"),
+        ("--eval-every 5 --eval-prompts a --eval-option.method x", "eval_option.method='x' is unknown"),
         ("--eval-every 5 --eval-option.steps 7", "eval_option.steps"),
     ],
 )
