@@ -410,6 +410,7 @@ def peak_mib(file: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("file", [pytest.param(".csv", marks=pytest.mark.slow), ".parquet"], indirect=True)
 def test_memory_does_not_grow_with_the_table(file):
     text, peaks = "".join(map(chr, range(300, 1300))), []
     for rows in (20_000, 80_000):  # the larger one: 160 MB of text

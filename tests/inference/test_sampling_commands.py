@@ -62,6 +62,7 @@ def read_video(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_a_list_from_first_frames(shapes, sample):
     video = read_video(shapes.root / "datasets/shapes/00004.mp4")
     Image.fromarray(video[0].astype(np.uint8)).save(shapes.root / "first.png")

@@ -58,14 +58,8 @@ def undisturbed(shapes, tmp_path_factory) -> Path:
     return outputs / "whole"
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param("during a save", marks=pytest.mark.slow),
-        "during a save in the background",
-        pytest.param("at a random moment", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["during a save", "during a save in the background", "at a random moment"])
 def test_kill_9_and_resume(shapes, undisturbed, tmp_path, moment):
     """The launcher is killed: its ranks end with it, and the newest whole checkpoint continues to the same end."""
     run, background = tmp_path / "run", ["--async-io", str("background" in moment)]
