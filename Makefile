@@ -5,7 +5,7 @@
 #   PIP_ARGS     options for every pip install, e.g. PIP_ARGS="-c constraints.txt"
 #   TORCH_INDEX  the index to take PyTorch alone from: on a machine without a GPU, that of PyTorch's CPU builds
 #   ARGS         further arguments for pytest, e.g. make test ARGS="-k bucket"
-#   JOBS         processes that make test divides the tests among; 0: none beside its own, for a debugger
+#   JOBS         processes that make test and test-slow divide the tests among; 0: none beside their own, for a debugger
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -136,7 +136,7 @@ test: $(DEV_STAMP)  ## the default test suite, on the CPU
 
 test-slow: $(DEV_STAMP)  ## the long tests
 	$(call heading,"slow tests")
-	python -m pytest -m "slow and not gpu" --ignore tests/chaos $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "slow and not gpu" --ignore tests/chaos --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 chaos: $(DEV_STAMP)  ## a run that is killed 30 times ends as one that nobody disturbed; outputs/chaos.json
 	$(call heading,"chaos")
