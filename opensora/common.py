@@ -92,6 +92,6 @@ def one_line_errors() -> Iterator[None]:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(10)
+            time.sleep(30)  # on a busy machine ranks start, and end, seconds apart
             print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
